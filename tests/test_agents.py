@@ -201,6 +201,35 @@ def test_the_same_call_twice_is_a_branch_of_its_own(tiny_tokenizer):
     ]
 
 
+def test_a_seed_decides_a_turn_by_its_episode_and_all_that_was_read(tiny_tokenizer):
+    """What the engine is asked for; and a turn that only repeats another one is not trained on."""
+
+    async def script(client):
+        first = [user("a question")]
+        said = await chat(client, first, seed=7)
+        await chat(client, first, seed=7)
+        await chat(client, first, seed=8)
+        await chat(client, first)
+        await chat(client, [*first, said, user("go on")], seed=7)
+        answer = await client.post("/completions", json={"model": "policy", "prompt": [5, 6], "seed": -(2**63)})
+        assert answer.status_code == 200
+
+    def seeds(row: str) -> list[int | None]:
+        rollout, turns = episode(tiny_tokenizer, script, [*["one"] * 3, "two", "three", "four"], row=question(row))
+        trained = [segment.trained for segment in rollout.segments if segment.sampler_logprobs is not None]
+        assert trained == [True, False, True, True, True, True]
+        return [turn.request.seed for turn in turns]
+
+    found = seeds("r")
+    assert found[0] == found[1]
+    assert found[3] is None
+    given = [found[0], found[2], found[4], found[5]]
+    assert len(set(given)) == 4
+    assert all(isinstance(seed, int) and 0 <= seed < 2**63 for seed in given)
+    assert seeds("r") == found  # when the episode is made again
+    assert not set(seeds("other")) & set(given)  # rows of one prompt
+
+
 @pytest.mark.slow  # because vLLM starts a process when it is imported
 def test_calls_of_tools_are_read_and_their_results_are_a_suffix():
     from posttrain.base.tokenizer import build_tokenizer
@@ -240,13 +269,15 @@ def test_completions_go_on_from_the_tokens_that_were_sampled(tiny_tokenizer):
         assert (said["finish_reason"], answer.json()["usage"]["completion_tokens"]) == ("length", 4)
         await client.post("/completions", json={"model": "policy", "prompt": f"Once{said['text']} more"})
         await client.post("/completions", json={"model": "policy", "prompt": [5, 6, 7], "logprobs": 1})
+        await client.post("/completions", json={"model": "policy", "prompt": [5]})
+        await client.post("/completions", json={"model": "policy", "prompt": [[5, 6]]})
 
-    rollout, turns = episode(tiny_tokenizer, script, ["there was", "x", "y"])
+    rollout, turns = episode(tiny_tokenizer, script, ["there was", "x", "y", "z", "w"])
     before = turns[0].request.prompt_ids + turns[0].completion.token_ids
     assert before[-4:] == turns[0].completion.token_ids
     assert turns[1].request.prompt_ids[: len(before)] == before
-    assert turns[2].request.prompt_ids == (5, 6, 7)
-    assert sum(segment.trained for segment in rollout.segments) == 3
+    assert [turn.request.prompt_ids for turn in turns[2:]] == [(5, 6, 7), (5,), (5, 6)]
+    assert sum(segment.trained for segment in rollout.segments) == 5
 
 
 def test_an_answer_is_in_the_form_that_was_asked_for(tiny_tokenizer):
@@ -302,6 +333,8 @@ def test_a_call_may_set_its_temperature_if_the_yaml_says_so(tiny_tokenizer):
         ("chat/completions", {"response_format": {"type": "json_object"}}, 400, "no form can be forced"),
         ("chat/completions", {"tool_choice": "required"}, 400, "no call can be forced"),
         ("chat/completions", {"max_tokens": 0}, 400, "max_tokens is 0"),
+        ("chat/completions", {"seed": "7"}, 400, "Expected `int | null`, got `str` - at `$.seed`"),
+        ("completions", {"prompt": [5], "seed": 2**64}, 400, "seed is 18446744073709551616; it must be a whole number"),
         ("chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "text only"),
         ("chat/completions", {"tools": [{"type": "function"}]}, 400, "tools: [0] is"),
         ("completions", {"prompt": ["a", "b"]}, 400, "it must be one text"),

@@ -65,17 +65,19 @@ def test_each_branch_is_a_sample_and_a_token_is_trained_on_once():
     assert [branch.token_ids for branch in branches((1, 2, 3), rollout.segments[:1])] == [(1, 2, 3, 5, 6, 9)]
 
 
-def test_a_turn_at_another_temperature_is_context():
+def test_a_turn_at_another_temperature_or_by_request_is_context():
     class Colder:
         async def run(self, prompt: Prompt, session: Session) -> Rollout:
             await session.sample(temperature=0.5)
             await session.sample(temperature=1.0, stop=["x"])
+            await session.sample(seed=7, trained=False)
             return session.rollout()
 
-    said = [sampled(9, 2), sampled(9, 2)]
+    said = [sampled(9, 2)] * 3
     rollout, turns = played(Colder(), UNBEGUN, *said)
-    assert [segment.trained for segment in rollout.segments] == [False, True]
-    assert [turn.request.temperature for turn in turns] == [0.5, 1.0]
+    assert [segment.trained for segment in rollout.segments] == [False, True, False]
+    assert [turn.request.temperature for turn in turns] == [0.5, 1.0, REQUEST.temperature]
+    assert [turn.request.seed for turn in turns] == [None, None, 7]
     assert turns[1].request.stop == ("x",)
 
 
@@ -484,7 +486,7 @@ async def saves(session, row):
         session.reward(0.25)
         await session.add("user", "noted")
         session.checkpoint({"said": first.text})
-    second = await session.sample()
+    second = await session.sample(seed=4)
     if session.restored is None:
         os.kill(os.getpid(), signal.SIGKILL)
     session.reward(0.5)

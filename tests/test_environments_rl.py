@@ -285,7 +285,7 @@ async def workshop(session, row):
         ("write_file", {"path": "said", "content": "x" * first.num_tokens}),
         ("put", {"key": key, "value": first.num_tokens}),
     ))
-    second = await session.sample(max_tokens=6)
+    second = await session.sample(max_tokens=6, seed=5)
     unkilled = Path(__file__).with_name("kill")
     if unkilled.exists():
         unkilled.unlink()
@@ -359,6 +359,7 @@ def test_a_deterministic_run_of_episodes_with_tools_is_bit_equal(ranks, tiny_mod
     assert len(trained) == 2 * 2 * 4
     assert {item.parts["turns"] for item in trained} == {2, 3}
     assert len({item.rollout.segments for item in trained}) == len(trained)  # no two waves were alike
+    assert all(item.rollout.segments[2].trained for item in trained)  # also the turn with a seed of its own
     assert weight_gaps(tmp_path / "rl" / "model", tmp_path / "killed" / "model") == {}
     assert weight_gaps(tiny_model, tmp_path / "rl" / "model") != {}
     assert_clean_and_replayed(config, tmp_path)

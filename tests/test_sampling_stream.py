@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
@@ -18,7 +19,6 @@ from posttrain.sampling.engine import EngineActor
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.requests import EngineLostError, SampleRequest
 from posttrain.sampling.stream import join_spans, spans_between
-from posttrain.sampling.vllm_requests import sampling_params
 
 ENGINE = EngineConfig(max_model_len=512, kv_cache_gib=0.1, stream_interval=16, deadline_s=8)
 PROMPTS = [tuple(range(5 + i, 25 + i)) for i in range(12)]
@@ -428,10 +428,34 @@ def test_a_request_beside_a_wave_is_refused(engines):
 
 
 @slow
-def test_no_request_has_a_seed_of_its_own():
-    """The engine's own seed and that of a wave are the only ones: vLLM ignores a request's beside others on a CPU."""
-    assert "seed" not in SampleRequest.__struct_fields__
-    assert {sampling_params(SampleRequest((1,)), stream=stream).seed for stream in (False, True)} == {None}
+def test_a_seed_decides_a_reply_whatever_else_is_sampled(engines, models):
+    """Alone, beside others without and with a seed, after a part that another engine sampled, and where prompts are
+    computed in parts because many come at once."""
+    import ray
+
+    ray.get([engine.update_weights.remote(FolderWeights(models[5]), 5) for engine in engines])
+    long = [tuple(10 + (7 * at + place) % 200 for at in range(400)) for place in range(12)]
+    seeded = [
+        SampleRequest(prompt, max_tokens=40, seed=seed) for seed, prompt in enumerate([*PROMPTS[:2], *PROMPTS[:2]])
+    ]
+    seeded += [SampleRequest(prompt, max_tokens=40, seed=2**63 - 1) for prompt in long]
+
+    async def replies(engine, requests):
+        await engine.submit.remote(list(enumerate(requests)))
+        offsets = {(key, 0): len(request.begun[0]) for key, request in enumerate(requests) if request.begun}
+        found = await collect(engine, len(requests), offsets)
+        return [tuple(found[key, 0].token_ids) for key in range(len(requests))]
+
+    alone = [asyncio.run(replies(engines[0], [request]))[0] for request in seeded]
+    assert len(set(alone)) == len(alone)  # also of two seeds for one prompt
+    others = [SampleRequest(prompt, max_tokens=60) for prompt in PROMPTS]
+    beside = asyncio.run(replies(engines[1], [*others, *seeded]))
+    assert beside[len(others) :] == alone
+    rests = [replace(request, begun=(reply[:9],)) for request, reply in zip(seeded, alone, strict=True)]
+    assert asyncio.run(replies(engines[1], rests)) == [reply[9:] for reply in alone]
+    waves = [ray.get(engines[0].generate_wave.remote([*others, *seeded], wave))[0] for wave in (1, 2)]
+    assert [[reply.token_ids for (reply,) in wave[len(others) :]] for wave in waves] == [alone, alone]
+    assert waves[0][: len(others)] != waves[1][: len(others)]
 
 
 @slow

@@ -15,6 +15,7 @@ the upstream reference, and the test that tells when the function can be deleted
     vllm_images.py    prompts with pictures, and what a weight update must make an engine forget of them
     vllm_parsers.py   the names of its parsers of calls
     vllm_prefixes.py  prompts that share a part of a block of the KV cache
+    vllm_seeds.py     requests with a seed of their own
     vllm_twin.py      new weights that are built beside generation, on CPUs
 
 Importing this package imports no upstream library: each function imports what it needs when it is called.
@@ -33,6 +34,7 @@ from posttrain.compat import (
     vllm_images,
     vllm_parsers,
     vllm_prefixes,
+    vllm_seeds,
     vllm_twin,
 )
 from posttrain.compat.patches import PATCHES, Patch, changed_versions
@@ -51,5 +53,6 @@ __all__ = [
     "vllm_images",
     "vllm_parsers",
     "vllm_prefixes",
+    "vllm_seeds",
     "vllm_twin",
 ]

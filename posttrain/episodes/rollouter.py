@@ -148,6 +148,7 @@ class EnvironmentRollouter:
             self._tokenizer,
             conversation,
             tools=tools,
+            seed=self._seed_of(session.row, session),
             parser=self._parser_name,
             length=self._length,
             max_malformed=self.config.max_malformed,

@@ -20,6 +20,7 @@ from posttrain.scoring.plugins.results import to_result
 
 ROLES = ("user", "tool", "system")
 MAX_CHARS = 200_000  # of one added turn: no context of a model holds more
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # what MessagePack can hold
 
 
 class ContextFullError(Exception):
@@ -76,14 +77,17 @@ class Session:
         max_tokens: int | None = None,
         temperature: float | None = None,
         stop: str | Sequence[str] = (),
+        seed: int | None = None,
         after: History | None = None,
         with_tokens: bool = False,
     ) -> PolicyTurn:
         """The policy's next turn.
 
         max_tokens, temperature: None means those of the stage's `sampling`. A turn at another temperature is not
-        trained on. stop: a text, or several, that end the turn and are part of it. with_tokens: whether the turn has
-        its tokens with their log-probabilities.
+        trained on. stop: a text, or several, that end the turn and are part of it. seed: a whole number by which the
+        turn is drawn; without it each turn is drawn anew. When this rollout is made again, the same seed after the same
+        tokens gives the same turn, at the same weights. A turn that repeats one of its episode so is not trained on
+        again. with_tokens: whether the turn has its tokens with their log-probabilities.
 
         after: all that the policy is to answer, instead of what was added. Where it begins with a conversation of
         this episode, the policy reads the very tokens that it sampled there; anything else is a branch. The stop text
@@ -95,7 +99,7 @@ class Session:
         """
         self._require_open("sample")
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        _check_sampling(max_tokens, temperature, stops)
+        _check_sampling(max_tokens, temperature, stops, seed=seed)
         if after is not None:
             if self.added:
                 raise ValueError("turns were added that `after` would leave out; give them in it")
@@ -104,7 +108,7 @@ class Session:
         self._answer = asyncio.get_running_loop().create_future()
         added, self.added = tuple(self.added), []
         self._clock(False)
-        ask = Ask(self._key, added, max_tokens, temperature, stops, history=after, with_tokens=with_tokens)
+        ask = Ask(self._key, added, max_tokens, temperature, stops, seed, history=after, with_tokens=with_tokens)
         try:
             self._send(ask)
             answer = await self._answer
@@ -217,10 +221,12 @@ def episode_result(value: Any, session: Session, *, is_full: bool = False) -> Re
     return RewardResult(result.value + total, result.parts, result.reason)
 
 
-def _check_sampling(max_tokens: Any, temperature: Any, stops: tuple[Any, ...]) -> None:
+def _check_sampling(max_tokens: Any, temperature: Any, stops: tuple[Any, ...], *, seed: Any) -> None:
     if max_tokens is not None and (not isinstance(max_tokens, int) or max_tokens < 1):
         raise ValueError(f"max_tokens is {max_tokens!r}; it must be a whole number of at least 1")
     if temperature is not None and not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
         raise ValueError(f"temperature is {temperature!r}; it must be a number of at least 0")
     if not all(isinstance(text, str) and text for text in stops):
         raise ValueError(f"stop is {stops!r}; it must be a text, or several, that are not empty")
+    if seed is not None and not (isinstance(seed, int) and MIN_SEED <= seed <= MAX_SEED):
+        raise ValueError(f"seed is {seed!r}; it must be a whole number of at most 64 bits, or None")

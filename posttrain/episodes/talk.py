@@ -17,6 +17,7 @@ from posttrain.episodes.calls import CallReader, ReadTurn, without_stop
 from posttrain.episodes.conversation import Continuation, Conversation, num_common
 from posttrain.episodes.histories import Histories
 from posttrain.episodes.process import Episode, EpisodeLost
+from posttrain.episodes.seeds import TurnSeeds
 from posttrain.episodes.tools import tools_problem
 from posttrain.episodes.wire import Ask, Ended, Full, History, PolicyTurn, Refused, Saved, Told
 from posttrain.errors import DataError, UserError
@@ -53,7 +54,9 @@ class _RefusedError(Exception):
 
 
 # What a talk knows of its conversation, besides the conversation itself.
-_OF_CONVERSATION = ("_ids", "_num_turns", "_num_calls", "_num_malformed", "_num_failures", "_told", "_is_full")
+_OF_CONVERSATION = (
+    "_ids", "_num_turns", "_num_calls", "_num_malformed", "_num_failures", "_told", "_is_full", "_seeds"
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +72,8 @@ class _Checkpoint:
 class Talk:
     """One episode, from its beginning to its end.
 
-    begin: makes a conversation that begins with messages, for the tools that are shown with it. parser: the name of
-    vLLM's parser of calls; it is called where there are tools.
+    begin: makes a conversation that begins with messages, for the tools that are shown with it. seed: of the episode.
+    parser: the name of vLLM's parser of calls; it is called where there are tools.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Talk:
         begin: Callable[[Prompt, Sequence[dict[str, Any]]], Conversation],
         *,
         tools: Sequence[dict[str, Any]],
+        seed: int,
         parser: Callable[[], str],
         length: int,
         max_malformed: int,
@@ -94,6 +98,7 @@ class Talk:
         self._call_numbers = count(1)
         self._reader = self._reader_of(tools, is_strict=True)
         self._readers: dict[str, CallReader | None] = {}  # of histories
+        self._seeds = TurnSeeds(seed)
         self._length = length
         self._max_malformed = max_malformed
         self._num_turns = self._num_calls = self._num_malformed = self._num_failures = 0
@@ -225,11 +230,14 @@ class Talk:
 
     async def _sample(self, ask: Ask) -> Completion:
         session = self._session
-        room = self._length - len(session.context_ids)
+        room = self._length - len(ids := session.context_ids)
         if room < 1:
             raise _FullError
         limit = min(room, ask.max_tokens or session.flight.request.max_tokens)
-        said = await session.sample(max_tokens=limit, temperature=ask.temperature, stop=ask.stop)
+        seed, is_new = self._seeds.of_turn(ask.seed, ids)
+        said = await session.sample(
+            max_tokens=limit, temperature=ask.temperature, stop=ask.stop, seed=seed, trained=is_new
+        )
         self._num_turns += 1
         return said
 

@@ -148,6 +148,7 @@ class Ask(Struct, frozen=True, tag="ask"):
     max_tokens: int | None = None
     temperature: float | None = None
     stop: tuple[str, ...] = ()
+    seed: int | None = None
     history: History | None = None
     with_tokens: bool = False
 

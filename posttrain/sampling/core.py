@@ -102,6 +102,7 @@ class Core:
         workers = await self.ask("start", self.llm.collective_rpc("die_with_parent"))
         await self.ask("start", self.llm.collective_rpc("note_progress", args=(self._progress.path,)))
         self._progress.unlink()
+        await self.ask("start", self.llm.collective_rpc("draw_by_place"))
         await self.ask("start", self.llm.update_weight_version("0"))
         await self.ask("start", self.llm.get_supported_tasks())
         return workers

@@ -227,8 +227,8 @@ class EngineActor:
         The scheduler is held while the caches are emptied, the worker's generator is seeded and all requests are
         queued in their order; then nothing else is in the engine until they are finished. vLLM draws the tokens of a
         step from one generator in the order of its batch, so a request beside a wave would change its tokens: one that
-        comes during a wave is refused. No request has a seed of its own: on a CPU vLLM ignores it where others in the
-        batch have none (vllm-project/vllm#51226). Raises StageError if requests are in flight.
+        comes during a wave is refused. A request with a seed of its own draws by that. Raises StageError if requests
+        are in flight.
         """
         began = time.time()
         self._core.check()

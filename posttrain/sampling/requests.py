@@ -27,6 +27,8 @@ class SampleRequest(Struct, frozen=True):
     stop: texts at which a reply ends too; the text is part of the reply.
     priority: requests with a larger number start later, and are interrupted first when memory is short. That of a first
     turn is even; later turns of the same rollout have one less.
+    seed: if set, each token is drawn by it and the token's place alone. So the reply is the same whatever else is
+    sampled, and wherever it is cut off and continued. `n` is 1 then.
     pictures: references to the pictures that the prompt shows, in order (`Media.uri`); `prompt_ids` holds all their
     tokens.
     """
@@ -41,6 +43,7 @@ class SampleRequest(Struct, frozen=True):
     begun: tuple[tuple[int, ...], ...] = ()
     priority: int = 0
     stop: tuple[str, ...] = ()
+    seed: int | None = None
     pictures: tuple[str, ...] = ()
 
 

@@ -95,13 +95,20 @@ class Session:
         return Reply((*self._segments, segment_of(self._turn.completion)), "", FinishReason.RUNNING)
 
     async def sample(
-        self, *, max_tokens: int | None = None, temperature: float | None = None, stop: Sequence[str] = ()
+        self,
+        *,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        stop: Sequence[str] = (),
+        seed: int | None = None,
+        trained: bool = True,
     ) -> Completion:
         """The policy's next turn, sampled after the prompt and every segment so far; it is a trained segment.
 
         max_tokens, temperature: of this turn; None means those of the config. A turn at another temperature is not
         trained on, because the trainer computes log-probabilities at that of the config. stop: texts that end the turn
-        and are part of it. Raises StageError while another turn is sampled.
+        and are part of it. seed: see `SampleRequest`. trained: False for a turn that is not to be trained on either.
+        Raises StageError while another turn is sampled.
         """
         if self._turn is not None:
             raise StageError(f"{self.name}: a turn was asked for while another one is sampled")
@@ -111,7 +118,7 @@ class Session:
         else:
             turn = self._turn = Turn(
                 self,
-                self._request(max_tokens, temperature, stop),
+                self._request(max_tokens, temperature, stop, seed=seed),
                 number=len(self._segments),
                 begun=begun,
                 last_worker=self._worker,
@@ -120,7 +127,7 @@ class Session:
             self._worker, self.ended_s = turn.worker, turn.ended_s
             self._turn = None
         segment = segment_of(completion)
-        if temperature not in (None, self.flight.request.temperature):
+        if not trained or temperature not in (None, self.flight.request.temperature):
             segment = replace(segment, trained=False)
         self._last = self._known[len(self._segments)] = completion
         self._segments = (*self._segments, segment)
@@ -197,7 +204,9 @@ class Session:
         """The name of the rollout in messages."""
         return f"row {self.flight.prompt.row.id}, rollout {self.index} of group {self.flight.order}"
 
-    def _request(self, max_tokens: int | None, temperature: float | None, stop: Sequence[str]) -> SampleRequest:
+    def _request(
+        self, max_tokens: int | None, temperature: float | None, stop: Sequence[str], *, seed: int | None
+    ) -> SampleRequest:
         request = self.flight.request
         if self._segments:
             # Before first turns: the engine still has what the policy has read, and the episode comes to its end.
@@ -206,6 +215,8 @@ class Session:
             request = replace(request, temperature=temperature)
         if stop:
             request = replace(request, stop=tuple(stop))
+        if seed is not None:
+            request = replace(request, seed=seed)
         return request if max_tokens is None else replace(request, max_tokens=max_tokens)
 
     def _recorded_turn(self) -> tuple[Completion, bool]:

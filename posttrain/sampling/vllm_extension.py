@@ -29,6 +29,7 @@ from posttrain.compat.vllm import (
     transfer_engine,
 )
 from posttrain.compat.vllm_images import contiguous_patches
+from posttrain.compat.vllm_seeds import draw_by_place
 from posttrain.compat.vllm_twin import TwinModel, can_have_twin
 from posttrain.sampling.manifests import FolderWeights, GpuManifest, WeightManifest, from_plain
 from posttrain.sampling.progress import BUILT, FAILED, Progress
@@ -101,6 +102,10 @@ class WorkerExtension:
     def seed_sampling(self, seed: int) -> None:
         """Seed the generators that tokens are drawn from."""
         torch.manual_seed(seed)
+
+    def draw_by_place(self) -> None:
+        """Draw the tokens of requests with a seed of their own by the seed and the token's place alone."""
+        draw_by_place(self.model_runner)
 
     # Attributes of vLLM's worker, to which vLLM adds this class.
     start_weight_update: Any

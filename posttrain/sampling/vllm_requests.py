@@ -33,6 +33,7 @@ def sampling_params(request: SampleRequest, num_begun: int = 0, stream: bool = F
         flat_logprobs=True,
         stop=list(request.stop) or None,
         include_stop_str_in_output=bool(request.stop),
+        seed=request.seed,
         detokenize=bool(request.stop),  # otherwise the whole reply is decoded at once when it is finished
         output_kind=RequestOutputKind.DELTA if stream else RequestOutputKind.FINAL_ONLY,
         skip_clone=True,

@@ -206,7 +206,7 @@ class RolloutWorkers:
         asked, self._asked = self._asked, []
         together: list[Turn] = []
         for turn in asked:
-            if together and not (turn.flight is together[0].flight and turn.request == together[0].request):
+            if together and not _are_one_request(turn, together[0]):
                 self._send(self._ask_of(together))
                 together = []
             together.append(turn)
@@ -356,3 +356,8 @@ class RolloutWorkers:
         self._send_waiting()
         assert self._given_up is not None
         self._given_up(worker, reason)
+
+
+def _are_one_request(one: Turn, other: Turn) -> bool:
+    """Whether two turns can be replies to one request: not if they have a seed, by which both would be the same."""
+    return one.flight is other.flight and one.request == other.request and one.request.seed is None

@@ -69,6 +69,7 @@ class AgentEpisode:
                     max_tokens=call.limit,
                     temperature=call.temperature if self._own_temperature else None,
                     stop=call.stops,
+                    seed=call.seed,
                     after=history,
                     with_tokens=call.logprobs not in (None, False),
                 )

@@ -1,6 +1,6 @@
 """The requests that the gateway takes and its answers, in the form of OpenAI's API.
 
-A field that would change what the policy says, and cannot be followed, is refused; the run decides `seed`, `top_p` and
+A field that would change what the policy says, and cannot be followed, is refused; the run decides `top_p` and
 penalties, and they are ignored like every unknown field.
 """
 
@@ -85,6 +85,7 @@ class _Call(Struct):
     max_tokens: int | None = None
     temperature: float | None = None
     stop: str | list[str] | None = None
+    seed: int | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     logit_bias: Any = None
@@ -162,7 +163,9 @@ class TextCall(_Call):
     suffix: str | None = None
 
     def history(self) -> History:
-        prompt = self.prompt[0] if isinstance(self.prompt, list) and len(self.prompt) == 1 else self.prompt
+        prompt = self.prompt
+        if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+            prompt = prompt[0]  # a list of prompts
         is_ids = isinstance(prompt, list) and all(isinstance(token, int) and token >= 0 for token in prompt)
         self._refuse(
             prompt=not prompt or not (isinstance(prompt, str) or is_ids),
