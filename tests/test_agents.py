@@ -431,6 +431,7 @@ def test_a_command_is_checked_before_the_run(command, problem):
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
+        ({"command": None}, r'args.command: got None; write a list of words, such as \["python", "my_agent.py"\]'),
         ({"max_call": 3}, "unexpected keyword argument 'max_call'"),
         ({"max_calls": 0}, "args.max_calls: got 0"),
         ({"scored_by": "me"}, "args.scored_by: got 'me'; it must be agent or reward"),

@@ -254,6 +254,8 @@ def test_environments_are_checked_by_reading(worlds):
             check_environment(f"{worlds}:{name}", args)
     with pytest.raises(PluginError, match="environment 'calculater' is not known"):
         check_environment("calculater")
+    with pytest.raises(PluginError, match=r"as in .*:\w+; a program is run by .* agent, args.command=\[python, .*py\]"):
+        check_environment(str(worlds))
 
 
 def test_tools_come_from_the_row_the_yaml_or_the_file(worlds):

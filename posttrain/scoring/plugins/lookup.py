@@ -107,6 +107,8 @@ def check_environment(name: str, args: Mapping[str, Any] | None = None, *, pytho
     """
     target = resolve(name, ENVIRONMENT)
     title = f"environment {name!r}"
+    if str(target) == AGENT and not (args or {}).get("command"):  # a function lacks an argument; this is plainer
+        raise PluginError(f"environment agent: args.{agent_problem(args or {})}")
     _check_source(title, name, target, parameters=ENVIRONMENT.parameters, args=args or {}, python=python)
     path = _file_in(title, name, target, python=python)
     function = read_module(path).functions.get(target.function) if path else None
@@ -279,7 +281,9 @@ def _resolve_file(name: str, what: str = "reward") -> Target:
     if not function:
         functions = [other for other in read_module(path).functions if not other.startswith("_")]
         example = f"{file}:{functions[0]}" if functions else f"{file}:function"
-        raise PluginError(f"{what} {name!r}: name the function too, as in {example}")
+        program = f"; a program is run by the environment agent, args.command=[python, {file}]"
+        program = program if what == ENVIRONMENT.what else ""
+        raise PluginError(f"{what} {name!r}: name the function too, as in {example}{program}")
     if not function.isidentifier():
         raise PluginError(f"{what} {name!r}: {function!r} is not a function's name; write path/to/file.py:function")
     return Target(path.stem, function, str(path))
