@@ -20,6 +20,7 @@ from posttrain.config.environments import AGENT, OF_ENVIRONMENT, EnvironmentConf
 from posttrain.data.ends import end_token_ids
 from posttrain.environments.calculator import calculate
 from posttrain.episodes.agents.gateway import MAX_BYTES, Gateway
+from posttrain.episodes.agents.process import end_of
 from posttrain.episodes.rollouter import EnvironmentRollouter
 from posttrain.episodes.session import Session, episode_result
 from posttrain.episodes.tools import declared_tools, row_renderer
@@ -442,6 +443,14 @@ def test_a_command_is_checked_before_the_run(command, problem):
 def test_the_arguments_of_an_agent_are_checked_before_the_run(args, problem):
     with pytest.raises(PluginError, match=problem):
         check_environment(AGENT, {"command": ["python"], **args})
+
+
+def test_of_a_long_error_the_beginning_is_told():
+    trace = "Traceback (most recent call last):\n" + '  File "my_agent.py", line 1\n' * 30
+    assert end_of(f"{trace}ValueError: short\n").endswith("line 1\nValueError: short")
+    told = end_of(f"{trace}openai.BadRequestError: tool_parser is not known; name one: {'hermes, ' * 200}")
+    assert told.startswith("openai.BadRequestError: tool_parser is not known; name one: hermes, ")
+    assert (len(told), end_of("")) == (403, "")
 
 
 def test_a_row_reaches_an_agent_as_json():

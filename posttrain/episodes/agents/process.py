@@ -21,6 +21,7 @@ from posttrain.scoring.plugins.commands import is_own_python, search_path
 _VARIABLE = "POSTTRAIN_AGENT"
 _OUTPUT_BYTES = 1 << 16  # of the end of the output, in which the last line is looked for
 _ERROR_BYTES = 1 << 12
+_WORDS = 400
 _DRAIN_S = 1.0
 _LOOK_S = 0.02
 _LOOKS = 10  # at whether it has ended, for one at how many processes it has
@@ -85,7 +86,7 @@ class AgentProcess:
     @property
     def last_words(self) -> str:
         """The end of what it wrote to standard error."""
-        return self._errors.decode(errors="replace").strip()[-400:]
+        return end_of(self._errors.decode(errors="replace"))
 
     def _kill(self) -> None:
         assert self._process is not None
@@ -102,6 +103,13 @@ class AgentProcess:
         for name in ("NO_PROXY", "no_proxy"):  # a client that knows a proxy would send the calls there
             environment[name] = ",".join(filter(None, [os.environ.get(name), "127.0.0.1"]))
         return environment
+
+
+def end_of(text: str) -> str:
+    """The end of a text for a message: of a last line that is too long, such as that of a long error, its beginning."""
+    text = text.strip()
+    last = text.rpartition("\n")[2]
+    return text[-_WORDS:] if len(last) <= _WORDS else f"{last[:_WORDS]}..."
 
 
 async def _keep_end(reader: asyncio.StreamReader, end: bytearray, size: int) -> None:
