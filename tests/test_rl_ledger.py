@@ -122,6 +122,23 @@ def test_changes_that_are_written_together_end_as_those_that_are_written_one_by_
     assert len(found[0][1]) > 100
 
 
+def test_a_flush_makes_few_statements_however_many_groups_have_changed(tmp_path):
+    """After each statement its thread waits for Python's lock, up to five milliseconds while the event loop works."""
+    ledger = Ledger(tmp_path / "ledger.sqlite")
+    made: list[str] = []
+    ledger._file._connection.set_trace_callback(made.append)
+    for order in range(200):
+        ledger.reserve(order, f"p{order}", "math", system=None, prompts_seen=order, stamp=0)
+        ledger.generated(order, [reply((0, order + 1))])
+        ledger.scored(order, {"rewards": [order]})
+    ledger.flush_now()
+    ledger._file._connection.set_trace_callback(None)
+    assert len(made) < 50
+    found = [(entry.id, entry.state, entry.tokens, entry.scores) for entry in ledger.entries(with_data=True)]
+    assert found == [(order, "scored", order + 1, f'{{"rewards":[{order}]}}') for order in range(200)]
+    ledger.close()
+
+
 def test_replies_come_back_as_they_were():
     replies = [reply((0, 3), (2, 4)), reply((1, 5), finish="length"), UNBEGUN]
     assert list(unpack(pack(replies))) == replies

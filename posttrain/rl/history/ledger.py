@@ -34,6 +34,30 @@ from posttrain.sampling.rollouts import Reply
 
 UNDECIDED = (GroupState.RESERVED, GroupState.GENERATED, GroupState.SCORED)
 
+# The changes of single groups. The first column is the id of the group.
+_RESERVE = "INSERT INTO groups (id, prompt_id, capability, system, prompts_seen, stamp, state) VALUES {rows}"
+_SAMPLED_SO_FAR = (
+    "INSERT OR REPLACE INTO replies (id, data) SELECT id, new.column2 FROM (VALUES {rows}) AS new "
+    "JOIN groups ON id = new.column1 WHERE state = 'reserved'"
+)
+_KEEP_REPLIES = "INSERT OR REPLACE INTO replies (id, data) VALUES {rows}"
+_FORGET_REPLIES = "DELETE FROM replies WHERE id IN (VALUES {rows})"
+_KEEP_SCORES = "UPDATE replies SET scores = new.column2 FROM (VALUES {rows}) AS new WHERE id = new.column1"
+
+
+def _set(changes: str) -> str:
+    """A change of columns of `groups`. changes: has new.column2 for the second value of a row, and so on."""
+    return f"UPDATE groups SET {changes} FROM (VALUES {{rows}}) AS new WHERE id = new.column1"
+
+
+_GENERATED = _set("state = 'generated', oldest = new.column2, newest = new.column3, tokens = new.column4")
+_SCORED = _set("state = 'scored', scored_seq = new.column2")
+_DROPPED = _set("state = 'dropped', reason = new.column2")
+_TRAINED = _set("state = 'trained', step = new.column2")
+_RESTARTED = _set(
+    "state = 'reserved', stamp = new.column2, oldest = NULL, newest = NULL, scored_seq = NULL, attempts = attempts + 1"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Commit:
@@ -98,22 +122,14 @@ class Ledger:
         self, order: int, prompt_id: str, capability: str, *, system: str | None, prompts_seen: int, stamp: int
     ) -> None:
         """Note that a group is admitted and is about to be sampled, by policy version `stamp` or later ones."""
-        self._file.write(
-            "INSERT INTO groups (id, prompt_id, capability, system, prompts_seen, stamp, state) "
-            "VALUES (?,?,?,?,?,?,'reserved')",
-            (order, prompt_id, capability, system, prompts_seen, stamp),
-            order=order,
-        )
+        row = (order, prompt_id, capability, system, prompts_seen, stamp, GroupState.RESERVED.value)
+        self._file.write_row(_RESERVE, row)
         self._file.log(LedgerEvent.RESERVED, order, stamp)
 
     def sampled_so_far(self, order: int, replies: Sequence[Reply]) -> None:
         """Note the replies of a group as far as they are sampled. Later replies of the same group replace them."""
         # The change is written at a flush if the group is still in flight then.
-        self._file.write_latest(
-            order,
-            "INSERT OR REPLACE INTO replies (id, data) SELECT id, ? FROM groups WHERE id = ? AND state = 'reserved'",
-            (partial(pack, replies), order),
-        )
+        self._file.write_latest(_SAMPLED_SO_FAR, (order, partial(pack, replies)))
 
     def generated(self, order: int, replies: Sequence[Reply]) -> None:
         """Note that all replies of a group are sampled."""
@@ -121,32 +137,26 @@ class Ledger:
         versions = [span.policy_version for reply in replies for part in reply.segments for span in part.versions]
         oldest, newest = min(versions), max(versions)
         tokens = sum(reply.num_sampled for reply in replies)
-        row = (order, partial(pack, replies))
-        self._file.write("INSERT OR REPLACE INTO replies (id, data) VALUES (?, ?)", row, order=order)
-        self._file.write(
-            "UPDATE groups SET state = 'generated', oldest = ?, newest = ?, tokens = ? WHERE id = ?",
-            (oldest, newest, tokens, order),
-            order=order,
-        )
+        self._file.write_row(_KEEP_REPLIES, (order, partial(pack, replies)))
+        self._file.write_row(_GENERATED, (order, oldest, newest, tokens))
         self._file.log(LedgerEvent.GENERATED, order, [oldest, newest])
 
     def scored(self, order: int, scores: Mapping[str, object]) -> None:
         """Note that a group has its rewards. scores: as `scores_json` gives them."""
-        self._file.write("UPDATE replies SET scores = ? WHERE id = ?", (json_text(scores), order), order=order)
+        self._file.write_row(_KEEP_SCORES, (order, json_text(scores)))
         seq = self._file.log(LedgerEvent.SCORED, order)
-        self._file.write("UPDATE groups SET state = 'scored', scored_seq = ? WHERE id = ?", (seq, order), order=order)
+        self._file.write_row(_SCORED, (order, seq))
 
     def dropped(self, order: int, reason: str) -> None:
         """Note that a group will never be trained on, and why."""
         self._file.discard_latest(order)
-        self._file.write("UPDATE groups SET state = 'dropped', reason = ? WHERE id = ?", (reason, order), order=order)
+        self._file.write_row(_DROPPED, (order, reason))
         self._file.log(LedgerEvent.DROPPED, order, reason)
 
     def trained(self, orders: Iterable[int], step: int) -> None:
         """Note that optimizer step `step` trained on these groups."""
         for order in orders:
-            change = "UPDATE groups SET state = 'trained', step = ? WHERE id = ?"
-            self._file.write(change, (step, order), order=order)
+            self._file.write_row(_TRAINED, (order, step))
             self._file.log(LedgerEvent.TRAINED, order, step)
 
     def event(self, event: LedgerEvent, value: object = None) -> None:
@@ -193,16 +203,10 @@ class Ledger:
 
     def restart_group(self, order: int, stamp: int, replies: Sequence[Reply]) -> None:
         """Note that a group is sampled again. replies: what is left of its replies, to go on from; may be empty."""
-        self._file.write("DELETE FROM replies WHERE id = ?", (order,), order=order)
+        self._file.write_row(_FORGET_REPLIES, (order,))
         if replies:
-            row = (order, partial(pack, replies))
-            self._file.write("INSERT INTO replies (id, data) VALUES (?, ?)", row, order=order)
-        self._file.write(
-            "UPDATE groups SET state = 'reserved', stamp = ?, oldest = NULL, newest = NULL, scored_seq = NULL, "
-            "attempts = attempts + 1 WHERE id = ?",
-            (stamp, order),
-            order=order,
-        )
+            self._file.write_row(_KEEP_REPLIES, (order, partial(pack, replies)))
+        self._file.write_row(_RESTARTED, (order, stamp))
         self._file.log(LedgerEvent.RESTARTED, order, stamp)
 
     def forget_from(self, order: int) -> None:

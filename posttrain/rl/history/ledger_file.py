@@ -10,8 +10,9 @@ import sqlite3
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -45,46 +46,70 @@ def json_text(value: object) -> str:
     return _json.encode(value).decode()
 
 
-_Change = tuple[str, Sequence[SqlValue]]  # a statement and its values
+Row = Sequence[SqlValue]  # the values for one row of a statement; the first is the id of the group that it changes
+MOST_ROWS = 64
+
+
+def statements(sql: str, rows: Sequence[Row]) -> Iterator[tuple[str, list[Any]]]:
+    """The statements that make a change for each row, and the values of each. sql: has {rows} for the rows of VALUES.
+
+    A statement has many rows, because the thread that runs it waits for Python's lock after each statement, up to five
+    milliseconds while the event loop works. Their number is a power of two, so that SQLite keeps all statements parsed.
+    """
+    size, done = MOST_ROWS, 0
+    while done < len(rows):
+        while size > len(rows) - done:
+            size //= 2
+        some = rows[done : done + size]
+        done += size
+        marks = f"({','.join('?' * len(some[0]))})"
+        values = [value() if callable(value) else value for row in some for value in row]
+        yield sql.format(rows=",".join([marks] * size)), values
 
 
 class _Batch:
     """The changes of one transaction, and the new rows of its log.
 
-    SQLite makes many changes by one statement much faster than one by one. So a change goes to the others by the same
-    statement, before what was changed in between, unless that was its own group.
+    A change goes to the others by the same statement, before what was changed in between, unless that was its own
+    group.
     """
 
     def __init__(self) -> None:
-        self.logged: list[tuple[int, float, str, int | None, str | None]] = []
-        self.latest: dict[Hashable, _Change] = {}  # made after all others
-        self._runs: list[tuple[str, list[Sequence[SqlValue]]]] = []
+        self.logged: list[Row] = []
+        self.latest: dict[SqlValue, tuple[str, Row]] = {}  # by group; made after all others
+        self._runs: list[tuple[str, list[Row]]] = []
         self._run_of: dict[str, int] = {}  # the latest run of each statement that may still grow
-        self._last_run: dict[int, int] = {}  # of each group that was changed
+        self._last_run: dict[SqlValue, int] = {}  # of each group that was changed
 
     def __bool__(self) -> bool:
         return bool(self._runs or self.latest or self.logged)
 
-    def add(self, sql: str, values: Sequence[SqlValue], order: int | None) -> None:
-        """Add a change of the group `order`; None: of any groups, so that it stays between what is before and after."""
-        if order is None:
-            self._runs.append((sql, [values]))
-            self._run_of, self._last_run = {}, {}
-            return
+    def add(self, sql: str, row: Row) -> None:
+        """Add a change of one group, of which a run has one row at most."""
+        group = row[0]
         run = self._run_of.get(sql, -1)
-        if run < self._last_run.get(order, 0):
+        if run <= self._last_run.get(group, -1):
             run = self._run_of[sql] = len(self._runs)
             self._runs.append((sql, []))
-        self._runs[run][1].append(values)
-        self._last_run[order] = run
+        self._runs[run][1].append(row)
+        self._last_run[group] = run
 
-    def runs(self) -> Iterator[tuple[str, Iterator[Sequence[SqlValue]]]]:
-        """The statements in order, each with the values of its changes."""
-        latest: dict[str, list[Sequence[SqlValue]]] = {}
-        for sql, values in self.latest.values():
-            latest.setdefault(sql, []).append(values)
-        for sql, changes in (*self._runs, *latest.items()):
-            yield sql, ([value() if callable(value) else value for value in values] for values in changes)
+    def add_between(self, sql: str, values: Sequence[SqlValue]) -> None:
+        """Add a change of any groups, which stays between what is before and after."""
+        self._runs.append((sql, [values]))
+        self._run_of, self._last_run = {}, {}
+
+    def statements(self) -> Iterator[tuple[str, Sequence[Any]]]:
+        """The statements in order, each with its values."""
+        yield from statements("INSERT INTO log VALUES {rows}", self.logged)
+        latest: dict[str, list[Row]] = {}
+        for sql, row in self.latest.values():
+            latest.setdefault(sql, []).append(row)
+        for sql, rows in (*self._runs, *latest.items()):
+            if "{rows}" in sql:
+                yield from statements(sql, rows)
+            else:
+                yield sql, rows[0]
 
 
 class LedgerFile:
@@ -136,17 +161,24 @@ class LedgerFile:
         self._next.logged.append((self._seq, time.time(), event.value, order, text))
         return self._seq
 
-    def write(self, sql: str, values: Sequence[SqlValue] = (), *, order: int | None = None) -> None:
-        """Make a change at the next flush. order: of the only group whose rows it reads and changes."""
-        self._next.add(sql, values, order)
+    def write(self, sql: str, values: Sequence[SqlValue] = ()) -> None:
+        """Make a change of any rows at the next flush."""
+        self._next.add_between(sql, values)
 
-    def write_latest(self, key: Hashable, sql: str, values: Sequence[SqlValue]) -> None:
-        """Make a change at the next flush, after all others. A later change with the same key replaces it."""
-        self._next.latest[key] = (sql, values)
+    def write_row(self, sql: str, row: Row) -> None:
+        """Make a change of one group, the id of which is the first value, at the next flush.
 
-    def discard_latest(self, key: Hashable) -> None:
-        """Do not make the change with this key, unless it has been written already."""
-        self._next.latest.pop(key, None)
+        sql: has {rows} where VALUES lists its rows. It may read and change rows of this group alone.
+        """
+        self._next.add(sql, row)
+
+    def write_latest(self, sql: str, row: Row) -> None:
+        """As `write_row`, but after all other changes. A later one of the same group replaces it."""
+        self._next.latest[row[0]] = (sql, row)
+
+    def discard_latest(self, group: int) -> None:
+        """Do not make the change of `write_latest` for this group, unless it has been written already."""
+        self._next.latest.pop(group, None)
 
     # ------------------------------------------------------------------ reading
 
@@ -189,9 +221,8 @@ class LedgerFile:
                 batch = self._batches.popleft()
                 execute("BEGIN IMMEDIATE")
                 try:
-                    self._connection.executemany("INSERT INTO log VALUES (?,?,?,?,?)", batch.logged)
-                    for sql, changes in batch.runs():
-                        self._connection.executemany(sql, changes)
+                    for sql, values in batch.statements():
+                        execute(sql, values)
                     execute("COMMIT")
                 except BaseException:
                     execute("ROLLBACK")
