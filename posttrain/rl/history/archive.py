@@ -22,13 +22,12 @@ import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from msgspec import Struct
 
 from posttrain.data.images.render import pictures_of
 from posttrain.data.messages import messages_to_json, to_messages
@@ -45,8 +44,7 @@ FORMAT_KEY = b"posttrain.rollouts"
 _json = msgspec.json.Encoder()
 
 
-@dataclass(frozen=True, slots=True)
-class _Decided:
+class _Decided(Struct, frozen=True):
     """The arguments of one call of `RolloutArchive.add`."""
 
     scored: ScoredGroup
@@ -105,52 +103,49 @@ class RolloutArchive:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
+        schema = _schema(pa)
+
+        def arrays(columns: Mapping[str, list[Any]]) -> dict[str, Any]:
+            return {name: pa.array(values, schema.field(name).type) for name, values in columns.items()}
+
+        # What the rollouts of a group share is converted once, most of all the token ids of the prompt.
+        group_of_each = pa.array([at for at, item in enumerate(decided) for _ in item.scored.group.rollouts])
+        shared = {name: array.take(group_of_each) for name, array in arrays(_of_groups(decided)).items()}
+        columns = {**shared, **arrays(self._of_rollouts(decided))}
         with replacing(self._folder / f"step_{step:06d}.parquet") as aside:
-            pq.write_table(pa.table(self._columns(decided), schema=_schema(pa)), aside)
+            pq.write_table(pa.table([columns[name] for name in schema.names], schema=schema), aside)
 
-    def _columns(self, decided: Sequence[_Decided]) -> dict[str, list[Any]]:
-        """The columns of the file by name, each with one value for every rollout."""
-        rows = [(item, rollout) for item in decided for rollout in item.scored.group.rollouts]
-        oldest = [rollout.oldest_version for _, rollout in rows]  # an episode may fail before it samples
-        ids = [rollout.token_ids for _, rollout in rows]
+    def _of_rollouts(self, decided: Sequence[_Decided]) -> dict[str, list[Any]]:
+        """The columns that have a value of its own for every rollout."""
+        rollouts = [rollout for item in decided for rollout in item.scored.group.rollouts]
+        oldest = [rollout.oldest_version for rollout in rollouts]  # an episode may fail before it samples
+        ids = [rollout.token_ids for rollout in rollouts]
+        trained_at = [_trained_at(item) for item in decided for _ in item.scored.group.rollouts]
 
-        def of_each(values: Callable[[_Decided], Sequence[object]]) -> list[Any]:
-            return [value for item in decided for value in values(item)]
-
-        def of_rollouts(name: str) -> list[Any]:
-            value = attrgetter(name)
-            return [value(rollout) for _, rollout in rows]
+        def of_each(values: Callable[[ScoredGroup], Sequence[object]]) -> list[Any]:
+            return [value for item in decided for value in values(item.scored)]
 
         return {
-            "step": [item.step for item, _ in rows],
-            "group_id": of_rollouts("group_id"),
-            "prompt_id": of_rollouts("prompt_id"),
-            "capability": [item.scored.group.prompt.row.capability for item, _ in rows],
-            "index": of_rollouts("index"),
-            "prompt": of_each(lambda item: [_prompt_json(item.scored.group)] * len(item.scored.group.rollouts)),
-            "tools": of_each(lambda item: [_tools_json(item.scored.group)] * len(item.scored.group.rollouts)),
-            "reply": of_rollouts("text"),
-            "reward": of_each(lambda item: item.scored.rewards),
-            "reason": of_each(lambda item: item.scored.reasons),
-            "advantage": of_each(lambda item: item.scored.advantages),
-            "finish_reason": of_rollouts("finish_reason"),
+            "index": [rollout.index for rollout in rollouts],
+            "reply": [rollout.text for rollout in rollouts],
+            "reward": of_each(lambda scored: scored.rewards),
+            "reason": of_each(lambda scored: scored.reasons),
+            "advantage": of_each(lambda scored: scored.advantages),
+            "finish_reason": [rollout.finish_reason for rollout in rollouts],
             "policy_version": oldest,
-            "versions": [_versions_json(rollout) for _, rollout in rows],
-            "num_tokens": [rollout.num_sampled for _, rollout in rows],
+            "versions": [_versions_json(rollout) for rollout in rollouts],
+            "num_tokens": [rollout.num_sampled for rollout in rollouts],
             "staleness": [
-                None if item.step is None or first is None else item.trainer_version - first
-                for (item, _), first in zip(rows, oldest, strict=True)
+                None if at is None or first is None else at - first
+                for at, first in zip(trained_at, oldest, strict=True)
             ],
-            "status": [item.status for item, _ in rows],
             "tokens": [f"[{', '.join(map(self._pieces.__getitem__, tokens))}]" for tokens in ids],
-            "system": of_rollouts("system"),
-            "prompt_ids": of_rollouts("prompt_ids"),
             "token_ids": ids,
-            "segments": [_segments_json(rollout) for _, rollout in rows],
-            "sampler_logprobs": [_sampler_logprobs(rollout) for _, rollout in rows],
-            "turn_advantages": of_each(lambda item: _by_turn(item.scored)),
-            "parts": [_parts_json(rollout) for _, rollout in rows],
-            "ref_logprobs": of_each(lambda item: item.scored.ref_logprobs or [()] * len(item.scored.group.rollouts)),
+            "segments": [_segments_json(rollout) for rollout in rollouts],
+            "sampler_logprobs": [_sampler_logprobs(rollout) for rollout in rollouts],
+            "turn_advantages": of_each(_by_turn),
+            "parts": [_parts_json(rollout) for rollout in rollouts],
+            "ref_logprobs": of_each(lambda scored: scored.ref_logprobs or [()] * len(scored.group.rollouts)),
         }
 
     def forget_after(self, step: int) -> None:
@@ -214,6 +209,27 @@ class _Pieces(dict[int, str]):
     def __missing__(self, token: int) -> str:
         piece = self[token] = json.dumps(self._tokenizer.decode([token]))
         return piece
+
+
+def _of_groups(decided: Sequence[_Decided]) -> dict[str, list[Any]]:
+    """The columns that all rollouts of a group share, each with one value for every group."""
+    groups = [item.scored.group for item in decided]
+    return {
+        "step": [item.step for item in decided],
+        "group_id": [group.rollouts[0].group_id for group in groups],
+        "prompt_id": [group.rollouts[0].prompt_id for group in groups],
+        "capability": [group.prompt.row.capability for group in groups],
+        "prompt": [_prompt_json(group) for group in groups],
+        "tools": [_tools_json(group) for group in groups],
+        "status": [item.status for item in decided],
+        "system": [group.rollouts[0].system for group in groups],
+        "prompt_ids": [group.rollouts[0].prompt_ids for group in groups],
+    }
+
+
+def _trained_at(item: _Decided) -> int | None:
+    """The version of the trainer that trained on the group, or None."""
+    return None if item.step is None else item.trainer_version
 
 
 def _prompt_json(group: Group) -> str:
