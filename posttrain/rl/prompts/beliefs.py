@@ -147,6 +147,13 @@ class Beliefs:
         failures = self._failures_N[places] + self._new_failures_N[places]
         return priors[:, 0] + passes, priors[:, 1] + failures
 
+    def shape(self, place: int) -> tuple[float, float]:
+        """The two parameters of the Beta distribution of one prompt; arrays would take ten times as long."""
+        a, b = self._priors[self._stratum_N[place]].tolist()
+        passes = self._passes_N[place] + self._new_passes_N[place]
+        failures = self._failures_N[place] + self._new_failures_N[place]
+        return a + float(passes), b + float(failures)
+
     def num_replies(self, places: np.ndarray) -> np.ndarray:
         """How many replies the beliefs about the prompts at these places count, each with what its age leaves [n]."""
         old = self._passes_N[places] + self._failures_N[places]

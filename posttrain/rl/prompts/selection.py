@@ -15,6 +15,7 @@ Every draw depends on the seed, the dispatch order of the group, and the beliefs
 prompts to be drawn next, is made anew after each optimizer step.
 """
 
+import math
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -69,7 +70,8 @@ class Selection:
 
     def may_stop(self, prompt_id: str, first: int) -> bool:
         """Whether equal rewards of its first replies could end a group. Otherwise no reply need wait for them."""
-        return not (self.goes_on(prompt_id, first, 0) and self.goes_on(prompt_id, 0, first))
+        place = self.beliefs.place[prompt_id]
+        return not (self._goes_on(place, first, 0) and self._goes_on(place, 0, first))
 
     def goes_on(self, prompt_id: str, passes: int, failures: int) -> bool:
         """Whether a group whose first replies got equal rewards is sampled to its end.
@@ -77,12 +79,15 @@ class Selection:
         It is if the chance that it becomes mixed, for each reply that is left, is at least the groups trained on for
         each reply so far: sampling another prompt would not bring more (the marginal value theorem).
         """
+        return self._goes_on(self.beliefs.place[prompt_id], passes, failures)
+
+    def _goes_on(self, place: int, passes: int, failures: int) -> bool:
         left = self._group_size - passes - failures
-        (a,), (b,) = self.beliefs.shapes(np.array([self.beliefs.place[prompt_id]]))
+        a, b = self.beliefs.shape(place)
         a, b = a + passes, b + failures
         as_before = a if passes > failures else b
-        equal = np.prod((as_before + np.arange(left)) / (a + b + np.arange(left)))
-        return bool((1 - equal) / left >= self._useful_a_reply)
+        equal = math.prod((as_before + seen) / (a + b + seen) for seen in range(left))
+        return (1 - equal) / left >= self._useful_a_reply
 
     def advance(self, version: int) -> None:
         """Take account of what was seen before the step that made `version`."""
