@@ -142,7 +142,7 @@ class Beta(Uniform):
 
     def draw(self) -> int:
         self.order += 1
-        return int(self.selection.draw("all", self.order, self.order))
+        return self.selection.draw("all", self.order, self.order)
 
     def observe(self, place: int, passes: int, replies: int) -> None:
         self.selection.beliefs.observe(str(place), passes, replies - passes, version=0)

@@ -28,7 +28,8 @@ def selection_of(rows: Sequence[Row], seed: int = 0, **options: object) -> Selec
 
 
 def draw(selection: Selection, count: int, first: int = 1, capability: str = "math") -> list[str]:
-    return [selection.draw(capability, number, number) for number in range(first, first + count)]
+    places = [selection.draw(capability, number, number) for number in range(first, first + count)]
+    return [selection.beliefs.id_of(place) for place in places]
 
 
 def test_a_belief_is_the_beta_of_its_counts_and_fades_by_half():
@@ -38,6 +39,16 @@ def test_a_belief_is_the_beta_of_its_counts_and_fades_by_half():
     beliefs.advance(10)
     a, b = beliefs.prior("math0")
     assert np.allclose(beliefs.shapes(np.array([0, 1])), [[a + 3, a], [b + 1, b]])
+
+
+def test_the_belief_about_one_prompt_is_that_of_an_array():
+    beliefs = Beliefs([*rows_of(3), *rows_of(2, "coding")], 10.0)
+    for name, passes, failures, version in [("math0", 6, 2, 0), ("coding1", 0, 3, 2), ("math0", 1, 0, 4)]:
+        beliefs.advance(version)
+        beliefs.observe(name, passes, failures, version=version)
+    a, b = beliefs.shapes(np.arange(5))
+    assert [beliefs.shape(place) for place in range(5)] == list(zip(a.tolist(), b.tolist(), strict=True))
+    assert len({beliefs.shape(place) for place in range(5)}) == 4
 
 
 def test_the_prior_is_that_which_drew_the_counts():

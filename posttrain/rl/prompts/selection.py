@@ -51,13 +51,13 @@ class Selection:
         self._useful_a_reply = 1 / (4 * group_size)  # groups that were trained on, for each sampled reply
         self._num_mixed = self._expected_mixed()
 
-    def draw(self, quota: str, order: int, number: int) -> str:
-        """The id of the prompt for the group with the dispatch order `order`. number: of draws of the quota."""
+    def draw(self, quota: str, order: int, number: int) -> int:
+        """The place of the prompt for the group with the dispatch order `order`. number: of draws of the quota."""
         if not self._slates.get(quota):
             self._slates[quota] = self._slate(quota, order, number)
         place = self._slates[quota].pop()
         self._drawn_at_N[place] = number
-        return self.beliefs.id_of(place)
+        return place
 
     def was_drawn(self, prompt_id: str, number: int) -> None:
         """Note that a prompt was the draw number `number` of its quota (from 1), before a crash."""

@@ -72,7 +72,7 @@ class PromptSource:
         if self._selection is None:
             row = self._in_turn(quota, number)
         else:
-            row = self.row(self._selection.draw(quota, order, number))
+            row = self._rows[self._selection.draw(quota, order, number)]
         if not self._systems.instructions:
             return self._drawn(row, None)
         return self._drawn(row, self._draw_system(row, random.Random(f"{self._seed}/{order}")))
