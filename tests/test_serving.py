@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 
+from posttrain.actors.shared_memory import shared_memory
 from posttrain.cli.main import main
 from posttrain.errors import ConfigError
 from posttrain.serving.chat import converse
@@ -22,10 +23,10 @@ from posttrain.serving.server import (
     ServeConfig,
     Server,
     free_port,
+    members,
     served_dtype,
     server_arguments,
     serving,
-    shared_memory,
 )
 
 
@@ -156,7 +157,7 @@ def test_a_model_is_tried_by_hand_through_a_pipe(tiny_model, tmp_path, monkeypat
     def watched(*given: Any, **named: Any) -> Iterator[Server]:
         with serving(*given, **named) as server:
             yield server
-            segments.update(shared_memory(server.process.pid))
+            segments.update(shared_memory(member.pid for member in members(server.process.pid)))
 
     monkeypatch.setattr("posttrain.serving.server.serving", watched)
     settings = ["engine.max_model_len=256", "engine.kv_cache_gib=0.1", "--max-tokens", "8", "--temperature", "0"]

@@ -1,6 +1,7 @@
 """What a vLLM engine is started with: the environment variables of its process, and the arguments of the engine."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,30 @@ ENGINE_ENV = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+
+PARTS = "VLLM_CPU_OMP_THREADS_BIND"  # vLLM's variable for the cores of the parts of an engine
+
+
+def cpu_environment(engine: EngineConfig) -> dict[str, str]:
+    """The further environment variables of an engine on a CPU.
+
+    vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says. It would give each part of an
+    engine (`tensor_parallel`) a NUMA node of its own, and refuse more parts than nodes. Where there are fewer, the
+    parts share all cores, with one thread each, as engines do; a value of the user stays.
+    """
+    variables = {"TORCHDYNAMO_DISABLE": "1"}
+    if engine.tensor_parallel > num_memory_nodes():
+        variables[PARTS] = os.environ.get(PARTS, "nobind")
+    return variables
+
+
+def num_memory_nodes(status: Path = Path("/proc/self/status")) -> int:
+    """How many NUMA nodes this process may have memory of; 1 on a system that does not tell."""
+    lines = status.read_text().splitlines() if status.exists() else []
+    given = next((line.partition(":")[2] for line in lines if line.startswith("Mems_allowed_list:")), "0")
+    ranges = [part.partition("-") for part in given.strip().split(",")]
+    return sum(int(last or first) - int(first) + 1 for first, _, last in ranges)
 
 
 def engine_arguments(model: ServedModelConfig, engine: EngineConfig) -> dict[str, Any]:

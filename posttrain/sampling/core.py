@@ -19,11 +19,12 @@ from typing import Any, Literal, TypeVar
 
 from posttrain.actors.garbage import large_imports
 from posttrain.actors.parent import die_with_parent
+from posttrain.actors.shared_memory import shared_memory
 from posttrain.compat import vllm as compat
 from posttrain.compat.vllm_images import forget_weights
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
-from posttrain.sampling.arguments import cpu_cache_arguments, engine_arguments
+from posttrain.sampling.arguments import cpu_cache_arguments, cpu_environment, engine_arguments
 from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
 from posttrain.sampling.progress import BUILT, FAILED, Progress
 from posttrain.sampling.requests import EngineLostError
@@ -76,8 +77,7 @@ class Core:
         """Start the core on the model in a folder of this host; returns the process ids of its vLLM workers."""
         on_cpu = not os.environ.get("CUDA_VISIBLE_DEVICES")
         if on_cpu:
-            # vLLM would have a C++ compiler make one small function, whatever `enforce_eager` says.
-            os.environ["TORCHDYNAMO_DISABLE"] = "1"
+            os.environ.update(cpu_environment(self._engine))
         with large_imports():
             from vllm import AsyncEngineArgs
             from vllm.usage.usage_lib import UsageContext
@@ -105,6 +105,9 @@ class Core:
         await self.ask("start", self.llm.collective_rpc("draw_by_place"))
         await self.ask("start", self.llm.update_weight_version("0"))
         await self.ask("start", self.llm.get_supported_tasks())
+        if self._engine.tensor_parallel > 1:  # its parts have opened what they share, and may be killed at any time
+            for path in shared_memory([os.getpid(), compat.core_pid(self.llm), *workers]):
+                path.unlink(missing_ok=True)
         return workers
 
     def shutdown(self) -> None:

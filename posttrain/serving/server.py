@@ -19,6 +19,7 @@ from typing import Any, Literal
 import psutil
 from pydantic import Field
 
+from posttrain.actors.shared_memory import shared_memory
 from posttrain.config.base import Config
 from posttrain.config.engines import EngineConfig
 from posttrain.config.models import ServedModelConfig
@@ -26,14 +27,18 @@ from posttrain.episodes.calls import FORMS
 from posttrain.errors import ConfigError, StageError
 from posttrain.files import read_object
 from posttrain.model.adapter import base_folder
-from posttrain.sampling.arguments import ENGINE_ENV, cpu_cache_arguments, engine_arguments, read_model_config
+from posttrain.sampling.arguments import (
+    ENGINE_ENV,
+    cpu_cache_arguments,
+    cpu_environment,
+    engine_arguments,
+    read_model_config,
+)
 
 START_S = 900.0
 LOOK_S = 0.2
 STOP_S = 10.0
 STOP_LOOK_S = 0.05
-SHARED = Path("/dev/shm")
-OF_PYTHON = ("psm_", "sem.mp-")  # how names of its shared memory and semaphores begin
 # What the engines of a stage need and a server does not: weights in flight, the very distribution of a token.
 _OF_STAGES = ("model", "worker_extension_cls", "weight_transfer_config", "logprobs_mode", "generation_config")
 
@@ -94,7 +99,7 @@ def serving(folder: Path, config: ServeConfig, *, host: str, port: int, name: st
     """The server of a model folder, which ends with the block. Raises StageError if it does not start."""
     environment = {**os.environ, **{key: value for key, value in ENGINE_ENV.items() if "MULTIPROCESSING" not in key}}
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        environment["TORCHDYNAMO_DISABLE"] = "1"  # see sampling/core.py
+        environment |= cpu_environment(config.engine)
     environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
     port = free_port(host, port)
     command = [sys.executable, "-m", "posttrain.serving.process", str(os.getpid())]
@@ -132,40 +137,25 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
     vLLM kills its engine core at once, together with Python's resource tracker, which would have removed it.
     """
-    segments = shared_memory(process.pid)
+    segments = shared_memory(member.pid for member in members(process.pid))
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         end = time.monotonic() + STOP_S
-        while (process.poll() is None or _members(process.pid)) and time.monotonic() < end:
+        while (process.poll() is None or members(process.pid)) and time.monotonic() < end:
             time.sleep(STOP_LOOK_S)
     process.wait()
     for path in segments:
         path.unlink(missing_ok=True)
 
 
-def _members(group: int) -> list[psutil.Process]:
+def members(group: int) -> list[psutil.Process]:
     """The live processes of a process group."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-    return found
-
-
-def shared_memory(group: int) -> set[Path]:
-    """The files of Python's shared memory and semaphores that the processes of a group have mapped."""
-    mapped: set[int] = set()  # inodes: a process maps a semaphore that it makes before the file has its name
-    for process in _members(group):
-        with contextlib.suppress(OSError):
-            lines = Path(f"/proc/{process.pid}/maps").read_text().splitlines()
-            mapped |= {int(line.split()[4]) for line in lines if str(SHARED) in line}
-    found = set()
-    for path in SHARED.iterdir():
-        with contextlib.suppress(FileNotFoundError):
-            if path.name.startswith(OF_PYTHON) and path.stat().st_ino in mapped:
-                found.add(path)
     return found
 
 
