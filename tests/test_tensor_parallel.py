@@ -1,4 +1,4 @@
-"""Engines of several parts (`engine.tensor_parallel`) on a CPU: which cores they get, what they leave, their weights."""
+"""Engines of several parts (`engine.tensor_parallel`) on a CPU: their cores, their weights, and what they leave."""
 
 import os
 import subprocess
@@ -57,10 +57,8 @@ def test_shared_memory_is_found_by_the_processes_that_have_mapped_it():
 @pytest.mark.slow
 @pytest.mark.full  # an engine of two parts takes a minute to start
 @pytest.mark.timeout(600)
-def test_weights_of_divided_ranks_are_those_of_an_engine_of_two_parts_and_it_leaves_nothing(
-    ranks, tiny_model, tmp_path
-):
-    """Two ranks divide experts and weights (ZeRO 3). If a weight reached the wrong part, sampler and trainer differed."""
+def test_weights_of_divided_ranks_reach_an_engine_of_two_parts_which_leaves_nothing(ranks, tiny_model, tmp_path):
+    """Two ranks divide experts and weights (ZeRO 3). If a part had a wrong weight, sampler and trainer would differ."""
     before = {path for path, _ in shared_files()}
     config = make_config(
         tmp_path,
