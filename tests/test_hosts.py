@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from msgspec.structs import replace
 
 from posttrain.actors.losses import ActorLostError
 from posttrain.config.engines import EngineConfig
@@ -313,8 +314,6 @@ def assert_brought(path: str, manifest: WeightManifest, tensors: dict[str, torch
 
 
 def offer_from(manifest: WeightManifest, *sources: Source) -> WeightsOffer:
-    from msgspec.structs import replace
-
     return replace(offer_of(manifest), sources=sources)
 
 
@@ -378,9 +377,10 @@ def test_a_tensor_that_arrives_damaged_is_read_again_from_another_host(relays, t
     with ThreadPoolExecutor(1) as threads:
         path = WeightCopies(last).bring(offer, 20.0, threads).result()
         assert_brought(path, manifest, tensors)
-        only = offer_from(manifest, broken.source)
+        only = offer_from(manifest, replace(broken.source, peer="process 7 on broken"))
         relay = Relay("127.0.0.1")
-        with pytest.raises(RelayError, match=r"policy version 0, tensor layer\.3: .*tensor layer\.3 arrived damaged"):
+        told = r"^policy version 0, tensor layer\.3: .*; process 7 on broken: tensor layer\.3 arrived damaged$"
+        with pytest.raises(RelayError, match=told):
             WeightCopies(relay).bring(only, 0.5, threads).result()
         relay.close()
     os.close(descriptor)
@@ -395,11 +395,11 @@ def test_nothing_is_served_without_the_secret_nor_under_a_name_that_was_overwrit
     place = memoryview(bytearray(offer.num_bytes))
     source = trainer.source
     stranger = Source(source.address, source.port, SECRET, "stranger")
-    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived"):
+    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived, .*; stranger: "):
         pull(offer.served_name, place, [stranger], deadline_s=0.3)
     for version in (1, 2):  # the second lies where version 0 was
         publish(trainer, tmp_path, version, weights)
-    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived"):
+    with pytest.raises(RelayError, match=f"0 of {offer.num_bytes} bytes arrived, .*; {re.escape(source.peer)}: "):
         pull(offer.served_name, place, [source], deadline_s=0.3)
     assert not any(place)
     weights.close()

@@ -1,6 +1,7 @@
 """Weights of which only the changes travel between hosts: bit-equal, in order, and a whole copy where that fails."""
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -210,7 +211,8 @@ def test_changes_that_nobody_serves_are_replaced_by_a_whole_copy(hosts):
     assert first.bring(published) == whole(published[0])
     published = trainer.publish()
     trainer.relay.close()
-    with pytest.raises(RelayError, match=r"policy version 2, tensor layer\.0"):
+    peer = re.escape(trainer.relay.source.peer)
+    with pytest.raises(RelayError, match=rf"^policy version 2, tensor layer\.0: .*; {peer}: "):
         first.bring(published)
 
 
