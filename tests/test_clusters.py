@@ -1,5 +1,6 @@
-"""The templates in clusters/, each read by the tool that would run it, as far as the tool is here."""
+"""The templates in clusters/, each read by the tool that would run it, or by a schema where the tool is not here."""
 
+import copy
 import re
 import shlex
 import subprocess
@@ -8,6 +9,8 @@ from typing import Any
 
 import pytest
 import yaml
+from cluster_schemas import RAY_JOB, SKYPILOT_TASK
+from jsonschema import Draft202012Validator
 
 from posttrain.cli.main import main
 
@@ -38,6 +41,67 @@ def test_ray_accepts_its_template():
     validate_config(prepare_config(config))
     with pytest.raises(Exception, match="upscaling_sped"):
         validate_config({**config, "upscaling_sped": 1.0})
+
+
+def problems(schema: dict[str, Any], config: Any) -> list[str]:
+    """What is wrong with a template, with the place."""
+    return [f"{error.json_path}: {error.message}" for error in Draft202012Validator(schema).iter_errors(config)]
+
+
+def changed(config: Any, value: Any, *keys: str | int) -> Any:
+    """A copy of a template with another value at a place; None: without it."""
+    made = copy.deepcopy(config)
+    *way, last = keys
+    holder = made
+    for key in way:
+        holder = holder[key]
+    if value is None:
+        del holder[last]
+    else:
+        holder[last] = value
+    return made
+
+
+@pytest.mark.parametrize(("schema", "config"), [(RAY_JOB, KUBERAY), (SKYPILOT_TASK, SKYPILOT)])
+def test_templates_follow_the_schema_of_their_tool(schema: dict[str, Any], config: Any):
+    Draft202012Validator.check_schema(schema)
+    assert problems(schema, config) == []
+
+
+WORKERS = ("spec", "rayClusterSpec", "workerGroupSpecs", 0)
+OF_HEAD = ("spec", "rayClusterSpec", "headGroupSpec")
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "problem"),
+    [
+        (8, (*OF_HEAD, "rayStartParams", "num-cpus"), "num-cpus: 8 is not of type 'string'"),
+        ("SideCar", ("spec", "submissionMode"), "spec.submissionMode: 'SideCar' is not one of"),
+        (True, ("spec", "shutdownAfterJobFinish"), "('shutdownAfterJobFinish' was unexpected)"),
+        (None, (*WORKERS, "maxReplicas"), "'maxReplicas' is a required property"),
+        (-1, (*WORKERS, "replicas"), "replicas: -1 is less than the minimum"),
+        ("8 GB", (*WORKERS, "template", "spec", "containers", 0, "resources", "limits", "memory"), "'8 GB' does not"),
+        ("Gpus", (*WORKERS, "groupName"), "groupName: 'Gpus' does not match"),
+        ("ray.io/v1alpha1", ("apiVersion",), "apiVersion: 'ray.io/v1' was expected"),
+    ],
+)
+def test_a_wrong_rayjob_is_found(value: Any, keys: tuple[str | int, ...], problem: str):
+    [found] = problems(RAY_JOB, changed(KUBERAY, value, *keys))
+    assert problem in found
+
+
+@pytest.mark.parametrize(
+    ("value", "keys", "problem"),
+    [
+        ("four", ("num_nodes",), "num_nodes: 'four' is not of type 'integer'"),
+        ("x", ("envs", "MY-NAME"), "'MY-NAME' does not match any of the regexes"),
+        ("x", ("setups",), "('setups' was unexpected)"),
+        ({"H200": 8, "H100": 8}, ("resources", "accelerators"), "is not of type 'string'"),
+    ],
+)
+def test_a_wrong_task_of_skypilot_is_found(value: Any, keys: tuple[str | int, ...], problem: str):
+    [found] = problems(SKYPILOT_TASK, changed(SKYPILOT, value, *keys))
+    assert problem in found
 
 
 def strings(value: Any) -> list[str]:
