@@ -75,7 +75,7 @@ OF_HEAD = ("spec", "rayClusterSpec", "headGroupSpec")
 @pytest.mark.parametrize(
     ("value", "keys", "problem"),
     [
-        (8, (*OF_HEAD, "rayStartParams", "num-cpus"), "num-cpus: 8 is not of type 'string'"),
+        (8, (*OF_HEAD, "rayStartParams", "num-cpus"), "'num-cpus']: 8 is not of type 'string'"),
         ("SideCar", ("spec", "submissionMode"), "spec.submissionMode: 'SideCar' is not one of"),
         (True, ("spec", "shutdownAfterJobFinish"), "('shutdownAfterJobFinish' was unexpected)"),
         (None, (*WORKERS, "maxReplicas"), "'maxReplicas' is a required property"),
