@@ -35,13 +35,15 @@ ENGINE = EngineConfig(max_model_len=256, kv_cache_gib=0.5)
 
 
 class RawLLM:
-    """`vllm.LLM` with our engine's settings."""
+    """`vllm.LLM` with our engine's settings, and with its worker's extension: that one mends a fault of vLLM without
+    which no picture can be sampled from on a CPU (posttrain/compat/vllm_images.py).
+    """
 
     def __init__(self, served: dict[str, Any], engine: EngineConfig = ENGINE):
         os.environ["TORCHDYNAMO_DISABLE"] = "1"
         from vllm import LLM
 
-        ours = {"worker_extension_cls", "weight_transfer_config", "stream_interval"}
+        ours = {"weight_transfer_config", "stream_interval"}
         arguments = engine_arguments(ServedModelConfig(**served), engine)
         self._llm = LLM(**{name: value for name, value in arguments.items() if name not in ours})
 
