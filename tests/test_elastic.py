@@ -121,6 +121,41 @@ def test_if_two_more_were_not_worth_it_one_more_may_be():
     assert wanted(scaling, 2, 2.0, 0.5, 1.0) == 3
 
 
+FORECAST = [Tried(workers, 48.0 / workers, 0.9) for workers in range(1, 7)]
+
+
+def test_engines_that_make_steps_no_faster_than_a_forecast_expects_of_fewer_leave():
+    scaling = policy(most=6)
+    scaling.expect(FORECAST)
+    settle(scaling, 6)
+    assert wanted(scaling, 6, 13.0, 0.8, 1.0) == 4  # 48 / 6 = 8 s were expected of 6, and 12 s of 4
+    settle(scaling, 4)
+    assert wanted(scaling, 4, 12.0, 0.8, 1.0) == 5  # 6 are no better than 4, and 5 have not been tried
+    settle(scaling, 5)
+    assert wanted(scaling, 5, 12.0, 0.8, 1.0) == 4
+    settle(scaling, 4)
+    assert [wanted(scaling, 4, 12.0, 0.8, 1.0) for _ in range(BARRED)] == [4] * BARRED
+
+
+def test_at_most_half_of_the_engines_leave_at_a_time_and_they_come_back_if_they_are_missed():
+    scaling = policy(most=6)
+    scaling.expect(FORECAST)
+    settle(scaling, 6)
+    assert wanted(scaling, 6, 50.0, 0.8, 1.0) == 3  # one was expected to do as well
+    settle(scaling, 3)
+    assert wanted(scaling, 3, 70.0, 0.8, 1.0) == 6
+    settle(scaling, 6)
+    assert wanted(scaling, 6, 50.0, 0.8, 1.0) == 6  # the forecast is not asked again
+
+
+@pytest.mark.parametrize(("seconds", "workers"), [(7.0, 6), (9.5, 6), (9.7, 5), (11.9, 5), (12.1, 4)])
+def test_engines_that_are_as_fast_as_a_forecast_expects_stay(seconds, workers):
+    scaling = policy(most=6)
+    scaling.expect(FORECAST)
+    settle(scaling, 6)
+    assert wanted(scaling, 6, seconds, 0.8, 1.0) == workers
+
+
 def test_steps_of_before_a_change_do_not_count():
     scaling = policy(settling=3)
     starving = StepFigures(4.0, 3.0, 1.0)

@@ -165,6 +165,7 @@ class Elastic:
             "engines_forecast", workers=choice.workers, before=now, reason=choice.reason, costs=choice.costs,
             tried=[asdict(item) for item in choice.tried],
         )  # fmt: skip
+        self._scaling.expect(choice.tried)
         return choice.workers
 
     async def _bury(self, worker: Worker) -> None:

@@ -18,6 +18,10 @@ Proof. What was expected may not come true: engines of one machine share its cor
 engine. So each change is judged by the next window, by the same rule. A change that was not worth it is taken back, and
 its number of engines is not tried again for the next 8 windows; for twice as many if it fails again, and so on.
 
+Forecast. A number that a forecast chose is judged by the first window with it. If steps are as slow as the forecast
+expects with fewer engines, those are tried: the forecast knows nothing of what the engines take from each other. If
+steps are no slower then, though the trainer waits, the greater number is not tried again for so many windows.
+
 A window begins when the number of engines has changed. It leaves out as many steps as may still be trained on groups
 from before the change, and has at least 4 steps and 4 seconds.
 
@@ -25,6 +29,7 @@ Example. Trainer and engine have one device each. With 1 engine a step takes 4 s
 engines come first, since the number is at most doubled, then 4 are the best: 1 / (1 - 0.75) = 4.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from posttrain.config.resources import ActorResources, RolloutResources, TrainerResources
@@ -139,6 +144,7 @@ class Scaling:
         self._skipped = 0
         self._before: _Window | None = None  # the window of before the last change, while it is not judged yet
         self._ceiling, self._floor = _Limit(most), _Limit(least)
+        self._expected: dict[int, float] = {}  # seconds of a step by the number of engines, as a forecast has them
 
     def observe(self, figures: StepFigures, workers: int, *, is_changing: bool = False) -> Decision | None:
         """Take note of a step. Returns how many engines there should be, or None if as many as there are.
@@ -160,9 +166,13 @@ class Scaling:
         self._floor.pass_window()
         if self._before is not None and workers != self._wanted:
             self._before = None  # an engine was lost, or could not be had
-        decision = self._judge(window) or self._more(window) or self._fewer(window)
+        decision = self._judge(window) or self._disappointed(window) or self._more(window) or self._fewer(window)
         self._wanted = workers if decision is None else decision.workers
         return decision if decision is not None and decision.workers != workers else None
+
+    def expect(self, tried: Sequence[Tried]) -> None:
+        """Judge the next window by a forecast. tried: the numbers of engines in it."""
+        self._expected = {item.workers: item.step_s for item in tried}
 
     def refused(self, workers: int) -> None:
         """Note that no more than so many engines can be had for now."""
@@ -196,15 +206,32 @@ class Scaling:
             return None
         faster = before.step_s / window.step_s
         if faster >= self._worth(before.workers, window.workers):
+            if window.workers < before.workers and faster >= 1 and window.wait > NO_WAIT:
+                self._ceiling.set(before.workers - 1)
             return None
         if window.workers > before.workers:
-            self._ceiling.set(max(before.workers, window.workers - 1 if window.workers > before.workers + 1 else 0))
+            self._ceiling.set(max(before.workers, window.workers - 1))
         else:
             self._floor.set(before.workers)
         return Decision(
             before.workers,
             f"{before.workers} to {window.workers} engines was not worth it: steps took {before.step_s:.3g} s, and "
             f"then {window.step_s:.3g} s",
+        )
+
+    def _disappointed(self, window: _Window) -> Decision | None:
+        """Try the fewest engines with which a forecast expects steps to be as fast as they are. It is asked once."""
+        expected, self._expected = self._expected, {}
+        least = max(self._least, -(-window.workers // 2))
+        enough = [workers for workers, seconds in expected.items() if seconds <= window.step_s and workers >= least]
+        wanted = min(enough, default=window.workers)
+        if wanted >= window.workers:
+            return None
+        self._before = window
+        return Decision(
+            wanted,
+            f"a step took {window.step_s:.3g} s, and the forecast expects {expected[wanted]:.3g} s with {wanted} "
+            "engines",
         )
 
     def _more(self, window: _Window) -> Decision | None:
