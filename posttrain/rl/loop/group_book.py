@@ -254,7 +254,7 @@ class GroupBook:
         undecided = self._in_state(order, GroupState.GENERATED, "be scored")
         undecided.state = GroupState.SCORED
         self._ledger.scored(order, scores_json(scored))
-        self._tally.decided(scored, reason)
+        self._tally.decided(scored, reason, in_parts=undecided.num_first is not None)
         if (alarm := self._alarm.observe(scored)) is not None:
             self._context.event("alarm", **alarm)
         self._source.observe(scored, self._threshold, undecided.num_first)

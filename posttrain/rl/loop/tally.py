@@ -83,11 +83,14 @@ class StepTally:
         """Compute the idle time of an actor no more."""
         self._logs = {name: other for name, other in self._logs.items() if other is not log}
 
-    def decided(self, scored: ScoredGroup, dropped: Drop | None) -> None:
-        """Count a group that was sampled and scored. dropped: why it is not trained on, None if it is."""
+    def decided(self, scored: ScoredGroup, dropped: Drop | None, *, in_parts: bool = False) -> None:
+        """Count a group that was sampled and scored. dropped: why it is not trained on, None if it is. in_parts:
+        whether its first replies were sampled before the others, which these may have stopped.
+        """
         rollouts, rewards, counts = scored.group.rollouts, scored.scored_rewards, self._counts
         lengths = [rollout.num_sampled for rollout in rollouts]
         counts["groups"] += 1
+        counts["in_parts"] += in_parts
         counts["tokens"] += sum(lengths)
         counts["rollouts"] += len(rollouts)
         counts["passes"] += sum(is_right(reward, self._threshold) for reward in rewards)
@@ -173,6 +176,7 @@ class StepTally:
             "queue_age_s_max": max(ages_s),
             "groups_trained": len(batch),
             "groups_generated": counts["groups"],
+            "groups_in_parts": counts["in_parts"],
             **{f"groups_dropped_{reason}": counts[f"dropped_{reason}"] for reason in REASONS},
             **{f"groups_{name}": count for name, count in sorted(counts.items()) if name.startswith(DROP_COUNTERS)},
             "groups_too_easy": counts["too_easy"],
