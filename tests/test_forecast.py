@@ -4,8 +4,9 @@ import itertools
 import json
 import random
 import re
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
+from statistics import fmean
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,18 +19,19 @@ from posttrain.config.base import load_config, validate_config
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError
 from posttrain.forecast.actors import Engine, SimulatedGroup
-from posttrain.forecast.calibration import _line, calibrate
+from posttrain.forecast.calibration import calibrate, fit_steps
 from posttrain.forecast.config import ClusterConfig, DeviceConfig
-from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts
+from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts, scaled
 from posttrain.forecast.engines import choose_engines, choose_for_run
 from posttrain.forecast.forecast import with_engines
 from posttrain.forecast.hardware import engine_costs, trainer_costs
 from posttrain.forecast.outcome import find_bottleneck, simulate
+from posttrain.forecast.replies import SampledGroup, SampledGroups
 from posttrain.forecast.simulation import Setting, Simulation
 from posttrain.planning.sizes import count_sizes, find_model, read_config
 from posttrain.resources import bundled, bundled_names
 from posttrain.rl.config import RlConfig
-from posttrain.rl.prompts.config import SelectionConfig
+from posttrain.sampling.step_sums import sums_of_step
 
 NO_UPDATE = UpdateCosts(0.0, 0.0, recomputes=False)
 
@@ -236,14 +238,45 @@ def test_bundled_devices_name_their_sources(name: str):
 # --- calibration ---
 
 
-def test_the_costs_of_an_engine_are_found_again_from_stretches_of_time():
-    rows = [(1 / c, 0.004 / c + 2e-4, 100 * c) for c in (3, 10, 40, 90)]
-    costs = _line(rows)
-    assert (costs.step_s, costs.token_s) == (pytest.approx(0.004), pytest.approx(2e-4))
+def sums_of(steps: list[tuple[int, int]], costs: EngineCosts) -> list[float]:
+    """What an engine sums up over steps with so many sequences and tokens of prompts, which take what `costs` say."""
+    rows = [sums_of_step(c, p, costs.decode_s(c) + p * costs.prefill_s) for c, p in steps]
+    return [sum(values) for values in zip(*rows, strict=True)]
 
 
-def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5) -> Path:
-    """A run directory with what a calibration reads, of which the costs are known. slowdown: of a step, by others."""
+@given(
+    st.tuples(*[st.sampled_from([0.0, 1e-5, 3e-4, 0.02])] * 3),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(0, 900)), min_size=6, max_size=40, unique=True),
+)
+def test_the_costs_of_an_engine_are_found_again_from_the_sums_of_its_steps(costs, steps):
+    known = EngineCosts(*costs)
+    half = len(steps) // 2
+    found = fit_steps([sums_of(steps[:half], known), sums_of(steps[half:], known)])
+    for sequences, prompt_tokens in steps:
+        expected = known.decode_s(sequences) + prompt_tokens * known.prefill_s
+        assert found.decode_s(sequences) + prompt_tokens * found.prefill_s == pytest.approx(
+            expected, rel=1e-3, abs=1e-5
+        )
+
+
+def test_no_cost_of_an_engine_is_below_zero():
+    """Steps of two sequences take three times as long as steps of one: a step would cost less than nothing."""
+    rows = [sums_of_step(1, 0, 0.1), sums_of_step(2, 0, 0.3)]
+    found = fit_steps(rows)
+    assert (found.step_s, found.prefill_s) == (0.0, 0.0)
+    assert found.token_s == pytest.approx((1 * 0.1 + 2 * 0.3) / 5)  # the line through 0 with the least squares
+
+
+def test_an_engine_that_kept_no_sums_is_told():
+    with pytest.raises(ConfigError, match="no events engine_steps"):
+        fit_steps([])
+
+
+def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5, wall_s: float = 1.0) -> Path:
+    """A run directory with what a calibration reads, of which the costs are known.
+
+    slowdown: of a step, by others. wall_s: from a step to the next.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     import yaml
@@ -258,27 +291,28 @@ def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5) -> Path
     context = StageContext("rl", stage, folder / "events.jsonl")
     for step in range(steps):
         tokens = 1000 + 100 * step
-        cpu_s = 0.2 + 1e-4 * tokens
+        cpu_s = 0.2 + 1e-4 * (tokens + 4 * 7)  # four groups, whose prompts have seven tokens
         context.metrics(
             step,
             {
                 "tokens_trained": tokens,
+                "groups_trained": 4,
+                "step_wall_s": wall_s,
                 "train_cpu_s": cpu_s,
                 "train_s": slowdown * cpu_s,
                 "publish_s": 0.0,
                 "engines": 1,
             },
         )
-        running, at_work = 4.0 + 4 * step, (1.0, 0.5, 0.25)[step % 3]  # it had nothing to sample for the rest
-        context.event(
-            "engine_load", engine="engine-0", seconds=2.0, running=at_work * running, at_work=at_work,
-            tokens=round(at_work * 2 / (0.01 / running + 1e-3)),
-        )  # fmt: skip
+        known = EngineCosts(0.01, 1e-3, 1e-4)
+        sums = sums_of([(4 + 4 * step, 0), (4 + 4 * step, 30 * step), (1, 5)], known)
+        context.event("engine_steps", engine="engine-0", sums=sums)
         rows = [
-            {"group_id": f"{step}-{group}", "num_tokens": 10 * (group + 1), "status": status, "capability": "math"}
+            {"group_id": f"{step}-{group}", "num_tokens": 10 * (group + 1), "status": status, "capability": "math",
+             "reward": float(index * (group == 0)), "prompt_ids": [1] * 7}
             for group, status in enumerate(("trained", "dropped:zero_advantage", "dropped:finished"))
-            for _ in range(2)
-        ]
+            for index in range(2)
+        ]  # fmt: skip
         pq.write_table(pa.Table.from_pylist(rows), stage / "rollouts" / f"step_{step:06d}.parquet")
     context.busy("engine-0", "update_weights", start=10.0, end=10.05)
     return folder
@@ -287,33 +321,79 @@ def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5) -> Path
 def test_a_calibration_finds_the_costs_of_a_run(tmp_path: Path):
     found = calibrate(recorded_run(tmp_path))
     costs = found.costs
-    assert costs.trainer.token_s == pytest.approx(1e-4)
-    assert costs.trainer.fixed_s == pytest.approx(0.2)
     assert costs.cores == pytest.approx(2 / 1.5)  # an engine and the trainer; steps took 1.5 times their CPU time
-    assert costs.update.pause_s == pytest.approx(0.05)
-    assert costs.engine.step_s == pytest.approx(0.01, rel=0.02)
-    assert costs.engine.token_s == pytest.approx(1e-3, rel=0.02)
-    draws = [found.draw(found.config)(random.Random(seed), "math", 3) for seed in range(50)]
+    known = Costs(EngineCosts(0.01, 1e-3, 1e-4), TrainerCosts(0.2, 1e-4), UpdateCosts(0.0, 0.05))
+    unexplained = costs.trainer.fixed_s / known.trainer.fixed_s
+    expected = scaled(known, unexplained)
+    for mine, its in (
+        (expected.engine, costs.engine),
+        (expected.trainer, costs.trainer),
+        (expected.update, costs.update),
+    ):
+        assert astuple(its) == pytest.approx(astuple(mine))
+    assert found.groups.prompt_tokens == 7
+    draws = [found.groups.draw(found.config)(random.Random(seed), "math", 3) for seed in range(50)]
     assert {tuple(lengths) for lengths, _ in draws} == {(10, 10), (20, 20)}  # what was dropped for its end is left out
     assert {kept for _, kept in draws} == {True, False}
 
 
-def test_groups_that_a_run_stopped_stay_as_short_and_others_are_stopped_where_the_planned_run_may(tmp_path: Path):
-    """In the run, every second group of four was stopped by two replies. It is planned with groups of six."""
-    found = calibrate(recorded_run(tmp_path))
-    pool = [([10, 11, 12, 13], True), ([20, 21], False), ([30, 31, 32, 33], False)]
-    of_four = found.config.model_copy(update={"group_size": 4})
-    run = replace(found, config=of_four, groups={(0, "math"): pool})
+def test_what_a_run_took_longer_than_its_simulation_is_spread_over_all_costs(tmp_path: Path):
+    found = calibrate(recorded_run(tmp_path / "a", wall_s=1.0))
+    slower = calibrate(recorded_run(tmp_path / "b", wall_s=3.0))
+    assert astuple(slower.costs.engine) == pytest.approx(astuple(scaled(found.costs, 3.0).engine))
+    planned = found.setting(setting(groups_per_step=4, max_staleness=4), found.config)
+    again = fmean(simulate(planned, steps=8, seed=seed).step_s for seed in range(4))
+    assert again == pytest.approx(1.0, rel=0.05)  # the run that it is calibrated on is forecast as it was
 
-    def sizes(run, **changed) -> set[tuple[int, bool]]:
-        draw = run.draw(of_four.model_copy(update={"group_size": 6} | changed))
-        return {(len(lengths), kept) for seed in range(60) for lengths, kept in [draw(random.Random(seed), "math", 0)]}
 
-    assert sizes(run) == {(6, True), (2, False), (6, False)}  # the beliefs had the last one go on
-    whole = SelectionConfig(first_replies=None)
-    assert sizes(run, selection=whole) == {(6, True), (6, False)}
-    before = replace(run, config=of_four.model_copy(update={"selection": whole}))
-    assert sizes(before) == {(6, True), (2, False)}
+def groups_of(config: RlConfig, *pool: SampledGroup) -> SampledGroups:
+    return SampledGroups(config, {(0, "math"): pool}, {"math": 1.0}, (1.0, 1.0))
+
+
+def drawn(groups: SampledGroups, config: RlConfig, number: int = 60) -> list[tuple[int, bool]]:
+    """(replies, whether it is kept) of so many draws."""
+    draw = groups.draw(config)
+    return [(len(lengths), kept) for seed in range(number) for lengths, kept in [draw(random.Random(seed), "math", 0)]]
+
+
+def sampled(status: str, *rewards: float) -> SampledGroup:
+    return SampledGroup(tuple((10 + index, reward) for index, reward in enumerate(rewards)), status)
+
+
+def config_of(**changed) -> RlConfig:
+    data = {
+        "model": {"path": "policy", "dtype": "float32"}, "prompts": {"path": "prompts.jsonl"},
+        "reward": {"name": "math"}, "group_size": 4, "groups_per_step": 4, **changed,
+    }  # fmt: skip
+    return validate_config(RlConfig, data, "rl.yaml")
+
+
+def test_groups_that_a_run_stopped_stay_as_short_and_others_are_stopped_where_the_planned_run_may():
+    """In the run, every second group of four was stopped by two replies. It is planned with groups of three."""
+    pool = (
+        sampled("trained", 1, 1, 0, 0), sampled("dropped:stopped", 0, 0), sampled("dropped:zero_advantage", 1, 1, 1, 1)
+    )  # fmt: skip
+    whole = {"selection": {"first_replies": None}}
+    assert set(drawn(groups_of(config_of(), *pool), config_of(group_size=3))) == {(3, True), (2, False), (3, False)}
+    sizes = set(drawn(groups_of(config_of(**whole), pool[0], pool[2]), config_of(group_size=3)))
+    assert sizes == {(3, True), (2, False)}
+    sizes = set(drawn(groups_of(config_of(), pool[1]), config_of(**whole)))
+    assert sizes == {(4, True), (4, False)}  # further replies might have passed
+
+
+def test_of_a_group_of_another_size_it_is_drawn_whether_its_rewards_are_equal():
+    whole = {"selection": {"first_replies": None}}
+    half = groups_of(config_of(**whole), sampled("trained", 1, 1, 0, 0))
+    kept = [is_kept for _, is_kept in drawn(half, config_of(group_size=2, **whole), 3000)]
+    assert sum(kept) / 3000 == pytest.approx(2 / 3, abs=0.05)  # 2 of 4 replies, without replacement
+    none = groups_of(config_of(**whole), sampled("dropped:zero_advantage", 0, 0, 0, 0))
+    kept = [is_kept for _, is_kept in drawn(none, config_of(group_size=8, **whole), 3000)]
+    # With a uniform prior the pass rate has the posterior Beta(1, 5): all of 4 more fail with the chance 5 / 9.
+    assert sum(kept) / 3000 == pytest.approx(4 / 9, abs=0.05)
+    assert not any(is_kept for _, is_kept in drawn(none, config_of(group_size=2, **whole)))
+    other = groups_of(config_of(**whole), sampled("dropped:truncated", 1, 0, 1, 0))
+    assert not any(is_kept for _, is_kept in drawn(other, config_of(**whole)))
+    assert all(is_kept for _, is_kept in drawn(none, config_of(drop_zero_advantage=False, **whole)))
 
 
 def test_a_calibration_on_too_little_names_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -36,6 +36,7 @@ from posttrain.hosts.weights import WeightCopies, WeightsOffer
 from posttrain.sampling import client, registry
 from posttrain.sampling.client import Engines
 from posttrain.sampling.manifests import Road, WeightManifest, from_plain, to_plain
+from posttrain.sampling.requests import Updated
 from posttrain.sampling.roads import EnginePlace, chained, offer_of
 from posttrain.sampling.weights import SharedWeights, TensorSpec, open_weights
 from posttrain.sampling.worker import Worker
@@ -98,10 +99,10 @@ def weights_of(workers: list[Worker], taken: list[Worker]) -> WorkerWeights:
 def test_an_update_chains_the_hosts_whose_engines_load_it():
     asked: list[list[str]] = []
 
-    async def update(source: WeightManifest, policy_version: int) -> tuple[float, float]:
+    async def update(source: WeightManifest, policy_version: int) -> Updated:
         assert source.road is not None
         asked.append([each.peer[-1] for each in source.road.sources])
-        return 0.0, 1.0
+        return Updated(0.0, 1.0, [])
 
     manifest = WeightManifest("/dev/shm/x", 3, 64, "process 0", (), Road("trainer", 1, "node0", (source_of(0),)))
 
@@ -124,8 +125,8 @@ def test_an_engine_on_a_host_that_does_not_answer_holds_up_no_update():
     async def silent(source: WeightManifest, policy_version: int) -> None:
         await asyncio.Event().wait()
 
-    async def quick(source: WeightManifest, policy_version: int) -> tuple[float, float]:
-        return 0.0, 1.0
+    async def quick(source: WeightManifest, policy_version: int) -> Updated:
+        return Updated(0.0, 1.0, [])
 
     async def run() -> tuple[list[int], BaseException]:
         workers = [worker_on(None, silent), worker_on(None, quick)]

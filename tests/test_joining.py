@@ -20,7 +20,7 @@ from posttrain.errors import StageError
 from posttrain.records import FinishReason, Message, Row, VersionSpan
 from posttrain.sampling.joining import join, leave
 from posttrain.sampling.manifests import FolderWeights
-from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.requests import Completion, Piece, SampleRequest, Updated
 from posttrain.sampling.rollouter import Flight
 from posttrain.sampling.worker import Worker
 from posttrain.sampling.worker_weights import UpdateCalls
@@ -70,10 +70,10 @@ class Actor:
         logprobs = (-1.0,) * len(IDS)
         return [Piece(k, i, 0, IDS, logprobs, self.spans, FinishReason.STOP, "12") for k, i in now], time.time()
 
-    async def on_update_weights(self, source: Any, policy_version: int) -> tuple[float, float]:
+    async def on_update_weights(self, source: Any, policy_version: int) -> Updated:
         await asyncio.sleep(0.01)
         self.version = policy_version
-        return time.time(), time.time()
+        return Updated(time.time(), time.time(), [])
 
     async def on_sample(self, requests: Sequence[SampleRequest]) -> list[list[Completion]]:
         logprobs = tuple(-1.0 + self.shift for _ in IDS)

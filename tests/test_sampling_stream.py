@@ -207,8 +207,12 @@ def test_an_update_in_flight_is_labelled_in_the_pieces(engines, models):
                 update = engines[0].update_weights.remote(FolderWeights(models[1]), 1)
 
         replies = await collect(engines[0], 4 * len(requests), on_pieces=update_once)
-        began, ended = await update
-        assert began <= ended
+        updated = await update
+        assert updated.began <= updated.ended
+        steps, sequences, prompt_tokens = updated.step_sums[:3]
+        assert 0 < steps <= sequences <= 4 * len(requests) * steps  # of the steps before the update
+        assert prompt_tokens >= 0
+        assert updated.step_sums[6] > 0
         return replies
 
     replies = asyncio.run(run())

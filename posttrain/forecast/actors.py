@@ -119,7 +119,8 @@ class Engine:
         self.version = version
         self._paused_until = max(self._paused_until, now + pause_s)
         if recomputes:
-            self._debt_s += self._context * self._costs.prefill_s
+            num_shared = len(self._running) - len({item[2].order for item in self._running})
+            self._debt_s += max(0.0, self._context - num_shared * self._prompt_tokens) * self._costs.prefill_s
         self.epoch += 1
 
     def change_speed(self, speed: float, now: float) -> None:

@@ -1,6 +1,7 @@
 """How long each kind of work takes, in seconds. Where the figures come from: hardware.py and calibration.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class EngineCosts:
 
 @dataclass(frozen=True, slots=True)
 class TrainerCosts:
-    """An optimizer step on n tokens takes fixed_s + n * token_s."""
+    """An optimizer step on n tokens takes fixed_s + n * token_s. The prompt of a group counts once."""
 
     fixed_s: float
     token_s: float
@@ -39,7 +40,8 @@ class TrainerCosts:
 @dataclass(frozen=True, slots=True)
 class UpdateCosts:
     """From a step to new weights in the engines. pull_s: until they are at each host, while the engines sample.
-    pause_s: the engines are stopped. recomputes: whether they compute the KV cache of unfinished replies again.
+    pause_s: the engines are stopped. recomputes: whether they compute the KV cache of unfinished replies again, the
+    prompt once for a group.
     """
 
     pull_s: float
@@ -62,3 +64,16 @@ class Costs:
     reference_s: float = 0.0
     judge: EngineCosts | None = None
     cores: float | None = None
+
+
+CostsT = TypeVar("CostsT", bound=EngineCosts | TrainerCosts | UpdateCosts | Costs)
+
+
+def scaled(costs: CostsT, factor: float) -> CostsT:
+    """So many times the seconds of a record of costs, and of the records in it. Fields that end in _s hold seconds."""
+    values = {item.name: getattr(costs, item.name) for item in fields(costs)}
+    changed = {name: factor * value for name, value in values.items() if name.endswith("_s")}
+    inner = {
+        name: scaled(v, factor) for name, v in values.items() if isinstance(v, (EngineCosts, TrainerCosts, UpdateCosts))
+    }
+    return replace(costs, **changed, **inner)

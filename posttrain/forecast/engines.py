@@ -77,11 +77,10 @@ def choose_for_run(config: RlConfig, stage: Path, most: int, *, cpus: float) -> 
     calibration = calibrate(stage, config=config)
     costs = calibration.costs
     if costs.cores is not None and not calibration.is_overloaded:
-        costs = replace(costs, cores=max(costs.cores, cpus))
+        calibration = replace(calibration, costs=replace(costs, cores=max(costs.cores, cpus)))
 
     def make(number: int) -> Setting:
-        setting = make_setting(config, WorkloadConfig(), costs, engines=number)
-        return replace(calibration.setting(setting, config), costs=costs)
+        return calibration.setting(make_setting(config, WorkloadConfig(), costs, engines=number), config)
 
     choice = choose_engines(config, config.resources.rollout.least, most, make=make)
     return replace(choice, costs=describe(calibration))

@@ -1,17 +1,15 @@
 """What a simulation comes to: rates, idle shares, and what the time goes to."""
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import TypeVar
 
-from posttrain.forecast.costs import EngineCosts, TrainerCosts, UpdateCosts
+from posttrain.forecast.costs import scaled
 from posttrain.forecast.setting import Planned
 from posttrain.forecast.simulation import Setting, Simulation, Trace
 
 STEPS = 30
 WARM_UP = 1 / 3  # of the steps, in which queue and staleness are not yet what they will be
 HALF = 0.5
-CostsT = TypeVar("CostsT", EngineCosts, TrainerCosts, UpdateCosts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +81,9 @@ def find_bottleneck(planned: Planned, outcome: Outcome) -> Bottleneck:
     setting, costs = planned.setting, planned.setting.costs
     engine, trainer, update = costs.engine, costs.trainer, costs.update
     parts = {
-        "engines": replace(setting, costs=replace(costs, engine=_halved(engine))),
-        "trainer": replace(setting, costs=replace(costs, trainer=_halved(trainer))),
-        "weight updates": replace(setting, costs=replace(costs, update=_halved(update))),
+        "engines": replace(setting, costs=replace(costs, engine=scaled(engine, HALF))),
+        "trainer": replace(setting, costs=replace(costs, trainer=scaled(trainer, HALF))),
+        "weight updates": replace(setting, costs=replace(costs, update=scaled(update, HALF))),
         "rewards": replace(
             setting, costs=replace(costs, reward_s=HALF * costs.reward_s, reference_s=HALF * costs.reference_s)
         ),
@@ -94,9 +92,3 @@ def find_bottleneck(planned: Planned, outcome: Outcome) -> Bottleneck:
     gains = {part: outcome.step_s / simulate(changed).step_s for part, changed in parts.items()}
     best = max(gains, key=lambda part: gains[part])
     return Bottleneck(best, gains[best])
-
-
-def _halved(costs: CostsT) -> CostsT:
-    """Half the seconds of a record of costs. Its fields that end in _s hold seconds."""
-    names = [item.name for item in fields(costs) if item.name.endswith("_s")]
-    return replace(costs, **{name: HALF * getattr(costs, name) for name in names})

@@ -254,10 +254,11 @@ class Simulation:
             self._touched.update(self._engines)
             self._drop(order)
         tokens = sum(group.tokens for group in self._batch)
+        prompts = len(self._batch) * self._setting.prompt_tokens  # replies of a group share the prompt
         staleness = sum(self._version - group.oldest for group in self._batch) / len(self._batch)
         self._version += 1
         costs = self._setting.costs.trainer
-        self._trainer.begin(costs.fixed_s + tokens * costs.token_s, now)
+        self._trainer.begin(costs.fixed_s + (tokens + prompts) * costs.token_s, now)
         self._steps.append(StepRecord(now, now, now - self._waiting_since, tokens, staleness, queue))
         self._admit()
 

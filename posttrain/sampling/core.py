@@ -27,7 +27,8 @@ from posttrain.config.models import ServedModelConfig
 from posttrain.sampling.arguments import cpu_cache_arguments, cpu_environment, engine_arguments
 from posttrain.sampling.manifests import WeightManifest, WeightSource, to_plain
 from posttrain.sampling.progress import BUILT, FAILED, Progress
-from posttrain.sampling.requests import EngineLostError
+from posttrain.sampling.requests import EngineLostError, Updated
+from posttrain.sampling.step_sums import PATH, StepSums
 from posttrain.sampling.watch import Watch, look_every_s
 
 T = TypeVar("T")
@@ -61,6 +62,7 @@ class Core:
         self._policy_version = 0
         self._is_updating = False
         self._progress: Progress
+        self._steps: StepSums
         self._watching: asyncio.Task[None] | None = None
         self._watch = Watch(
             engine.deadline_s,
@@ -94,8 +96,11 @@ class Core:
         config.scheduler_config.scheduler_cls = f"posttrain.sampling.vllm_scheduler.{kind}"
         is_forked = config.device_config.device_type == "cpu"
         die = partial(die_with_parent, os.getpid())
+        self._steps = StepSums.create()
+        os.environ[PATH] = self._steps.path
         with compat.forked_core(die) if is_forked else contextlib.nullcontext():
             self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        self._steps.unlink()
         self._watch.heard()
         self._watching = asyncio.create_task(self._watch.run())
         self._progress = Progress.create()
@@ -161,7 +166,7 @@ class Core:
 
     async def update_weights(
         self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"]
-    ) -> tuple[float, float]:
+    ) -> Updated:
         """Take new weights between two steps. See `EngineActor.update_weights`.
 
         Afterwards `update_phases` has the seconds of each phase, in order.
@@ -192,13 +197,14 @@ class Core:
             await self.ask(what, self.llm.update_weight_version(str(policy_version)))
             self._policy_version = policy_version
             phases.end("forget")
+            sums = self._steps.taken()
             await self.ask(what, self.llm.resume_generation())
             phases.end("resume")
         finally:
             self._is_updating = False
             self._watch.heard()
         self.update_phases = phases.seconds
-        return began, time.time()
+        return Updated(began, time.time(), sums)
 
     async def _built(self) -> None:
         """Wait until the worker has built the weights."""

@@ -30,7 +30,7 @@ from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.core import Core
 from posttrain.sampling.manifests import WeightSource
 from posttrain.sampling.pictures import RequestPictures
-from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest
+from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest, Updated
 from posttrain.sampling.roads import reachable
 from posttrain.sampling.start_failure import PrintedSince, start_error
 from posttrain.sampling.stream import Outbox, Reply
@@ -281,14 +281,13 @@ class EngineActor:
 
     async def update_weights(
         self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"] = "recompute"
-    ) -> tuple[float, float]:
+    ) -> Updated:
         """Load new weights between two steps of the engine. Running requests continue with them.
 
         kv="recompute": the KV cache of running requests is computed again, so that every later token is exactly the new
         policy's. kv="keep": running requests continue on the KV cache of the old weights, so their later tokens belong
         to neither policy alone. The recorded log-probabilities are right in both cases. Cached prefixes of finished
-        requests are always dropped, so that a later request never sees the old weights. Returns the Unix times of the
-        pause's start and end.
+        requests are always dropped, so that a later request never sees the old weights.
 
         Raises EngineLostError, which names engine, version and tensor, when the update fails or makes no progress for
         `deadline_s`. Some weights may be new and others old then, so the engine is of no use.

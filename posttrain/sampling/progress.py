@@ -11,6 +11,15 @@ FAILED = " (given up)"  # what it adds to its last note if it could not
 HEAD = struct.Struct("<QI")  # how many notes there were; length of the last in bytes
 
 
+def shared_file(prefix: str, size: int) -> str:
+    """The path of a new file of so many zeros, which two processes can map. It is in memory where that is possible."""
+    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
+    descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
+    os.ftruncate(descriptor, size)
+    os.close(descriptor)
+    return path
+
+
 class Progress:
     """A counter and a note of up to 500 bytes in a small file that two processes map.
 
@@ -29,11 +38,7 @@ class Progress:
     @classmethod
     def create(cls) -> "Progress":
         """Make a new file. Call `unlink` once the other process has opened it."""
-        folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-        descriptor, path = tempfile.mkstemp(prefix="posttrain-progress-", dir=folder)
-        os.ftruncate(descriptor, SIZE)
-        os.close(descriptor)
-        return cls(path)
+        return cls(shared_file("posttrain-progress-", SIZE))
 
     def note(self, text: str) -> None:
         """Write what this process begins to work on."""

@@ -61,6 +61,16 @@ class Completion(Struct, frozen=True):
     choice_logprobs: Mapping[int, float] = field(default_factory=dict)
 
 
+class Updated(Struct, frozen=True):
+    """New weights were taken. began, ended: Unix times of the pause. step_sums: of the steps since the update before,
+    as `StepSums` has them.
+    """
+
+    began: float
+    ended: float
+    step_sums: list[float]
+
+
 class Piece(Struct, frozen=True):
     """The next tokens of reply `index` of the request that was submitted as `key`.
 

@@ -9,8 +9,11 @@ on, and it is turned off when the engine is empty: a warm engine serves stages t
 not. The private parts of vLLM that both need are in posttrain/compat/vllm.py.
 
 On CPUs, replies to one prompt share it to within a few tokens (posttrain/compat/vllm_prefixes.py).
+
+What steps cost is summed up for `posttrain plan --calibrate` (step_sums.py).
 """
 
+import os
 import secrets
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +23,7 @@ from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from posttrain.compat.vllm import forget_prefixes, salt_prefixes, serve_by
 from posttrain.compat.vllm_images import keep_tiles
 from posttrain.compat.vllm_prefixes import PartialBlocks, share_parts_of_blocks
+from posttrain.sampling.step_sums import PATH, StepClock, StepSums
 
 if TYPE_CHECKING:
     Base = scheduler.Scheduler
@@ -31,11 +35,22 @@ class _Ours(Base):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._parts = PartialBlocks(self)
+        self._clock = StepClock(StepSums(os.environ[PATH]))
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """The next step. A request whose prompt another one computes in this very step is left for the next."""
+        self._clock.end()
         self._parts.begin_step()
-        return super().schedule(*args, **kwargs)
+        output = super().schedule(*args, **kwargs)
+        self._clock.begin(output.num_scheduled_tokens.values())
+        return output
+
+    def update_from_output(self, *args: Any, **kwargs: Any) -> Any:
+        """Take in what a step has sampled."""
+        outputs = super().update_from_output(*args, **kwargs)
+        if not self.requests:
+            self._clock.end()
+        return outputs
 
     def _get_local_prefix_cache_hit(self, request: Any) -> Any:
         hit = super()._get_local_prefix_cache_hit(request)
@@ -60,6 +75,7 @@ class _Ours(Base):
 
     def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
         """Without `reset_running_requests`: forget every prefix now, and let running requests go on."""
+        self._clock.forget()  # weights are updated
         if reset_running_requests:
             return super().reset_prefix_cache(reset_running_requests, reset_connector)
         for request in self.requests.values():

@@ -102,14 +102,15 @@ class WorkerWeights:
             if not worker.is_alive or worker.is_kept or worker.policy_version >= version + again:
                 return
             try:
-                began, ended = await worker.await_busy(worker.actor.update_weights.remote(**arguments))
+                updated = await worker.await_busy(worker.actor.update_weights.remote(**arguments))
             except Exception as error:
                 if not is_loss(error):
                     raise
                 worker.lane.fail(error)  # the lane may have nothing to send by which it would find out
                 return
             worker.policy_version = version
-        self._context.busy(worker.name, "update_weights", start=began, end=ended)
+        self._context.busy(worker.name, "update_weights", start=updated.began, end=updated.ended)
+        self._context.event("engine_steps", engine=worker.name, sums=updated.step_sums)
         self._taken(worker)
 
     def _arguments_for(self, worker: Worker) -> dict[str, Any] | None:
