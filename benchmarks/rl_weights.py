@@ -65,7 +65,7 @@ def _update_ms(
     # Versions are even numbers, so that one segment is enough.
     manifest = shared.publish(specs, iter(weights.values()), 2 * turn)
     published = time.perf_counter()
-    updated = ray.get(engine.update_weights.remote(manifest, 2 * turn))
+    updated: Any = ray.get(engine.update_weights.remote(manifest, 2 * turn))
     ended = time.perf_counter()
     parts = {"update": ended - began, "publish": published - began, "pause": updated.ended - updated.began}
     parts.update(ray.get(engine.update_phases.remote()))
