@@ -266,7 +266,15 @@ def weights(folder: str) -> Any:
 class Run:
     """Workers of RL over a leased engine, which make groups with a rollouter until all are finished."""
 
-    def __init__(self, context: StageContext, engines: Any, policies: list[str], rollouter: Any, **settings: Any):
+    def __init__(
+        self,
+        context: StageContext,
+        engines: Any,
+        policies: list[str],
+        rollouter: Any,
+        kv: str = "recompute",
+        **settings: Any,
+    ):
         from posttrain.sampling.workers import RolloutWorkers
 
         self.num_finished, self.flights = 0, [sent(order, ids) for order, ids in enumerate(PROMPTS)]
@@ -277,7 +285,7 @@ class Run:
             deadline_s=ENGINE.deadline_s,
             finished=self._finish,
             rollouter=rollouter,
-            calls=lambda folder, version, seats: [[(0, {"source": folder, "policy_version": version})]],
+            calls=lambda folder, version, seats: [[(0, {"source": folder, "policy_version": version, "kv": kv})]],
             manifest=weights(policies[0]),
             **settings,
         )
@@ -451,3 +459,40 @@ def test_two_turns_in_waves_are_the_same_bits_again_and_without_waves_the_first_
             check_form(rollout)
             assert rollout.segments == same.segments
     assert len({rollout.token_ids for group in once for rollout in group}) == GROUP * len(PROMPTS)
+
+
+@slow
+@pytest.mark.timeout(300)
+def test_a_turn_after_new_weights_reads_what_its_rollout_has_in_the_engine_if_that_is_kept(
+    ray_session, policies, tmp_path
+):
+    """kv: keep. Weights come while all rollouts wait between their turns, as for a tool."""
+    context, engines = leased(tmp_path, policies)
+
+    async def run(kv: str) -> float:
+        num_waiting, all_wait, is_updated = 0, asyncio.Event(), asyncio.Event()
+
+        async def between() -> None:
+            nonlocal num_waiting
+            num_waiting += 1
+            if num_waiting == GROUP * len(PROMPTS):
+                all_wait.set()
+            await is_updated.wait()
+
+        async def update() -> None:
+            await all_wait.wait()
+            await made.workers.weights.update(weights(policies[0]), 2)
+            is_updated.set()
+
+        made = Run(context, engines, policies, TwoTurns(between), kv)
+        await engines.actors[0].pids.remote()
+        await made.workers.weights.update(weights(policies[1]), 1)  # from the first on, the engine keeps what it has
+        groups = await made.groups(update())
+        assert all(set(rollout.versions) == {1, 2} for group in groups for rollout in group)
+        return made.workers.num_cached / made.workers.num_read
+
+    with engines:
+        kept, computed = asyncio.run(run("keep")), asyncio.run(run("recompute"))
+    # A second turn reads prompt, first turn and what was said. Computed again, the prompt alone is shared, by a group.
+    assert kept >= (len(PROMPTS[0]) + FIRST - 4) / (len(PROMPTS[0]) + FIRST + len(SAID)) > 0.8
+    assert computed < len(PROMPTS[0]) / (len(PROMPTS[0]) + FIRST + len(SAID)) < 0.5

@@ -503,6 +503,38 @@ def test_kept_caches_do_not_leak_into_new_requests(engines, models):
     known = [(*prompts[key], *reply.token_ids[:120]) for key, reply in straddling]
     greedy = [SampleRequest(prompt, temperature=0.0, max_tokens=24) for prompt in (*prompts, *known)]
     assert replies_one_by_one(engines[0], greedy) == replies_one_by_one(engines[1], greedy)
+
+    # From now on each request has a salt. One that goes on with a rollout of version 8 reads what it has left; others
+    # read nothing that is older than they are.
+    turns = [SampleRequest((*prompt, 5, 6), temperature=0.0, max_tokens=8) for prompt in prompts]
+
+    async def cached(since):
+        found = {}
+
+        async def note(pieces):
+            found.update({piece.key: piece.num_cached for piece in pieces if piece.finish_reason})
+
+        await engines[0].submit.remote([(key, replace(turn, since=since)) for key, turn in enumerate(turns)])
+        replies = await collect(engines[0], len(turns), on_pieces=note)
+        return [found[key] for key in range(len(turns))], [replies[key, 0] for key in range(len(turns))]
+
+    async def after(kv, version):
+        await engines[0].update_weights.remote(FolderWeights(models[4]), version, kv=kv)
+        await engines[0].submit.remote([(key, replace(request, n=1)) for key, request in requests])
+        await collect(engines[0], len(requests))
+        await engines[0].update_weights.remote(FolderWeights(models[5]), version + 1, kv=kv)
+        (known, _), (fresh, replies) = await cached(version), await cached(None)
+        return known, fresh, replies
+
+    known, fresh, replies = asyncio.run(after("keep", 8))
+    assert all(number >= length - 4 for number, length in zip(known, lengths, strict=True))
+    assert fresh == [0] * len(turns)
+    for turn, reply in zip(turns, replies, strict=True):
+        expected = logprobs_of(policy, turn.prompt_ids, reply.token_ids)
+        assert torch.allclose(torch.tensor(reply.logprobs), expected, atol=1e-3)
+    ray.get(engines[0].update_weights.remote(FolderWeights(models[4]), 2, kv="keep"))  # of another stage
+    assert asyncio.run(cached(8))[0] == [0] * len(turns)
+    assert asyncio.run(after("recompute", 10))[0] == [0] * len(turns)
     assert ray.get(engines[0].pids.remote())  # still there
 
 

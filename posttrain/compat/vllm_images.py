@@ -77,8 +77,8 @@ def rendered_cache(gib: float) -> Any:
     return MultiModalCache.get_lru_cache(gib, of_prompts)
 
 
-def engine_prompt(prompt_ids: list[int], rendered: Any) -> Any:
-    """A prompt as vLLM takes it. rendered: what `render_pictures` made of its pictures, or None.
+def engine_prompt(prompt_ids: list[int], rendered: Any, *, salt: str | None = None) -> Any:
+    """A prompt as vLLM takes it, with a `cache_salt`. rendered: what `render_pictures` made of its pictures, or None.
 
     The pictures are those that the prompt shows first, in order. Raises ValueError if a picture's token ids, as vLLM
     makes them, are not in the prompt: another number of tokens would stand for it in the engine than in the trainer.
@@ -87,7 +87,7 @@ def engine_prompt(prompt_ids: list[int], rendered: Any) -> Any:
     from vllm.multimodal.inputs import PlaceholderRange
 
     if rendered is None:
-        return tokens_input(prompt_ids)
+        return tokens_input(prompt_ids, cache_salt=salt)
     own, places, start = rendered["prompt_token_ids"], [], 0
     for number, place in enumerate(rendered["mm_placeholders"]["image"]):
         ids = list(own[place.offset : place.offset + place.length])
@@ -96,7 +96,7 @@ def engine_prompt(prompt_ids: list[int], rendered: Any) -> Any:
             raise ValueError(f"the {len(ids)} tokens of picture {number + 1} are not in the prompt as vLLM makes them")
         places.append(PlaceholderRange(offset=start, length=place.length, is_embed=place.is_embed))
         start += place.length
-    return mm_input(prompt_ids, rendered["mm_kwargs"], rendered["mm_hashes"], {"image": places})
+    return mm_input(prompt_ids, rendered["mm_kwargs"], rendered["mm_hashes"], {"image": places}, cache_salt=salt)
 
 
 def _find(ids: list[int], wanted: list[int], start: int) -> int:
@@ -138,11 +138,13 @@ def keep_tiles() -> None:
     reference="`_reset_caches` of vllm/v1/engine/core.py; `reset_encoder_cache` of vllm/v1/engine/async_llm.py",
     test=f"{_TEST}::test_new_weights_make_new_features",
 )
-async def forget_weights(llm: Any, *, running: bool) -> None:
+async def forget_weights(llm: Any, *, running: bool, prefixes: bool = True) -> None:
     """Have a paused engine forget what it has computed with its weights, and keep the tiles of pictures.
 
-    running: also the KV cache of running requests, which is computed again when they continue.
+    running: also the KV cache of running requests, which is computed again when they continue. prefixes: False keeps
+    all keys and values, for requests with the salts under which they were computed.
     """
-    await llm.reset_prefix_cache(reset_running_requests=running)
+    if running or prefixes:
+        await llm.reset_prefix_cache(reset_running_requests=running)
     if llm.model_config.is_multimodal_model:
         await llm.reset_encoder_cache()

@@ -165,9 +165,9 @@ class Core:
     # ------------------------------------------------------------------ weights
 
     async def update_weights(
-        self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"]
+        self, source: WeightSource, policy_version: int, kv: Literal["recompute", "keep"], *, prefixes: bool
     ) -> Updated:
-        """Take new weights between two steps. See `EngineActor.update_weights`.
+        """Take new weights between two steps. See `EngineActor.update_weights`. prefixes: see `forget_weights`.
 
         Afterwards `update_phases` has the seconds of each phase, in order.
         """
@@ -193,7 +193,7 @@ class Core:
             else:
                 await self._follow(self.llm.collective_rpc("apply_weights", args=(plain,)), what)
             phases.end("exchange" if built else "load")
-            await self.ask(what, forget_weights(self.llm, running=kv == "recompute"))
+            await self.ask(what, forget_weights(self.llm, running=kv == "recompute", prefixes=prefixes))
             await self.ask(what, self.llm.update_weight_version(str(policy_version)))
             self._policy_version = policy_version
             phases.end("forget")

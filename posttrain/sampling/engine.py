@@ -32,6 +32,7 @@ from posttrain.sampling.manifests import WeightSource
 from posttrain.sampling.pictures import RequestPictures
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest, Updated
 from posttrain.sampling.roads import reachable
+from posttrain.sampling.salts import Salts
 from posttrain.sampling.start_failure import PrintedSince, start_error
 from posttrain.sampling.stream import Outbox, Reply
 from posttrain.sampling.vllm_requests import completions_of, end_of, sampling_params
@@ -63,6 +64,7 @@ class EngineActor:
         self._next_request = 0
         self._num_collecting = 0  # calls of collect
         self._is_wave = False
+        self._salts = Salts()
         self._update_lock = asyncio.Lock()
 
     async def where(self) -> tuple[str, int]:
@@ -193,7 +195,9 @@ class EngineActor:
             self._next_request += 1
             name = f"{self.name}-{self._next_request}"
             if begun or shared is None:
-                prompt = self._pictures.prompt(key, [*request.prompt_ids, *begun], rendered)
+                prompt = self._pictures.prompt(
+                    key, [*request.prompt_ids, *begun], rendered, salt=self._salts.of(request)
+                )
                 params = sampling_params(request, len(begun), stream=True)
                 core_request = self._core_request(key, prompt, params, priority=request.priority)
                 if not begun:
@@ -263,7 +267,7 @@ class EngineActor:
         self._next_request += 1
         name = f"{self.name}-{self._next_request}"
         rendered = await self._pictures.rendered(self._core.llm, request, self._tokenizer)
-        prompt = self._pictures.prompt(name, list(request.prompt_ids), rendered)
+        prompt = self._pictures.prompt(name, list(request.prompt_ids), rendered, salt=self._salts.of(request))
         params = sampling_params(request)
         return await self._core.llm.add_request(name, prompt, params, priority=request.priority)
 
@@ -286,8 +290,9 @@ class EngineActor:
 
         kv="recompute": the KV cache of running requests is computed again, so that every later token is exactly the new
         policy's. kv="keep": running requests continue on the KV cache of the old weights, so their later tokens belong
-        to neither policy alone. The recorded log-probabilities are right in both cases. Cached prefixes of finished
-        requests are always dropped, so that a later request never sees the old weights.
+        to neither policy alone. So do later turns of rollouts that were begun before (salts.py). The recorded
+        log-probabilities are right in both cases. Other requests that come later never read what was computed with the
+        old weights.
 
         Raises EngineLostError, which names engine, version and tensor, when the update fails or makes no progress for
         `deadline_s`. Some weights may be new and others old then, so the engine is of no use.
@@ -298,7 +303,10 @@ class EngineActor:
                 source = await reachable(source, self._deadline_s)  # generation goes on meanwhile
             except RelayError as error:
                 raise EngineLostError(f"engine {self.name}: {error}") from None
-            return await self._core.update_weights(source, policy_version, kv)
+            keeps = self._salts.outlast(kv, policy_version)
+            updated = await self._core.update_weights(source, policy_version, kv, prefixes=not keeps)
+            self._salts.updated(kv, policy_version)
+            return updated
 
     async def update_phases(self) -> dict[str, float]:
         """Seconds of the phases of the last update: verify and build beside generation; then, while it pauses, stop

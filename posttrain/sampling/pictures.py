@@ -62,13 +62,14 @@ class RequestPictures:
             self._kept[name] = rendered
         return rendered
 
-    def prompt(self, name: int | str, prompt_ids: list[int], rendered: Any) -> Any:
-        """The prompt of a request as vLLM takes it. rendered: of the request's pictures; None without any.
+    def prompt(self, name: int | str, prompt_ids: list[int], rendered: Any, *, salt: str | None = None) -> Any:
+        """The prompt of a request as vLLM takes it. rendered: of the request's pictures; None without any. salt:
+        requests share cached prefixes only with those of the same.
 
         Raises StageError for token ids that are not those of the pictures.
         """
         try:
-            return engine_prompt(prompt_ids, rendered)
+            return engine_prompt(prompt_ids, rendered, salt=salt)
         except ValueError as error:
             raise StageError(f"engine {self._engine}: request {name} cannot be sampled: {error}") from None
 

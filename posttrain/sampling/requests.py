@@ -29,6 +29,8 @@ class SampleRequest(Struct, frozen=True):
     turn is even; later turns of the same rollout have one less.
     seed: if set, each token is drawn by it and the token's place alone. So the reply is the same whatever else is
     sampled, and wherever it is cut off and continued. `n` is 1 then.
+    since: the policy version at which its rollout was begun. An engine that keeps caches over updates lets it read what
+    was computed since. None: only what the present weights have computed.
     pictures: references to the pictures that the prompt shows, in order (`Media.uri`); `prompt_ids` holds all their
     tokens.
     """
@@ -44,6 +46,7 @@ class SampleRequest(Struct, frozen=True):
     priority: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    since: int | None = None
     pictures: tuple[str, ...] = ()
 
 

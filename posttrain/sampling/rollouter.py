@@ -56,11 +56,12 @@ class Session:
     """One rollout that is being made: its segments so far, and the only way to add to them.
 
     index: place of the rollout in its group. recorded: the reply as far as it was sampled before a crash.
+    since: the policy version that began to sample it.
     """
 
     __slots__ = (
         "_known", "_last", "_recorded", "_segments", "_turn", "_worker", "ended_s", "flight", "index", "is_waiting",
-        "running", "waits_for",
+        "running", "since", "waits_for",
     )  # fmt: skip
 
     def __init__(self, flight: "Flight", index: int, recorded: Reply):
@@ -69,6 +70,7 @@ class Session:
         self.ended_s = 0.0  # Unix time of the last sampled token
         self.running: Coroutine[Any, Any, Rollout] | None = None  # the rollouter, for whoever runs it
         self.waits_for: Outside | None = None
+        self.since: int | None = None
         self.is_waiting = False  # for other rollouts to end, before it begins
         self._recorded = recorded
         self._known: dict[int, Completion] = {}  # whole turns by the place of their segment
@@ -210,7 +212,7 @@ class Session:
         request = self.flight.request
         if self._segments:
             # Before first turns: the engine still has what the policy has read, and the episode comes to its end.
-            request = replace(request, prompt_ids=self.context_ids, priority=request.priority - 1)
+            request = replace(request, prompt_ids=self.context_ids, priority=request.priority - 1, since=self.since)
         if temperature is not None:
             request = replace(request, temperature=temperature)
         if stop:

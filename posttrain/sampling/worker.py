@@ -116,6 +116,8 @@ class Worker:
         """Give the engine a request."""
         for turn in ask.turns:
             turn.worker = self.name
+            if turn.session.since is None:
+                turn.session.since = self.policy_version
         self.asks[ask.key] = ask
         self.lane.send(ask)
 

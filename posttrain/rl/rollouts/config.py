@@ -115,8 +115,8 @@ class WeightsConfig(Config):
     )
     kv: Literal["recompute", "keep"] = Field(
         default="recompute",
-        description="What happens to the KV cache of unfinished replies. recompute: the engine computes it again with "
-        "the new weights. keep: the reply continues on the cache of the old weights.",
+        description="What happens to the KV cache of unfinished replies and episodes. recompute: the engine computes "
+        "it again with the new weights. keep: they continue on the cache of the old weights.",
     )
     order: Literal["together", "one_by_one"] = Field(
         default="together",
