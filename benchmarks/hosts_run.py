@@ -1,4 +1,4 @@
-"""RL runs on a cluster whose hosts are made of namespaces (hosts.py), as tests, demo and chaos.py start and watch them.
+"""Runs on a cluster whose hosts are made of namespaces (hosts.py), as tests, demo and chaos.py start and watch them.
 
 head     Ray's head, which gives no CPUs away
 home     on which runs are started; one CPU, for the trainer
@@ -81,11 +81,17 @@ class Cluster:
             "resources": {"rollout": {"workers": 2, **ENGINES}},
             **changes,
         }
-        command = ["rl", f"{name}.yaml"]
+        return self.start_stage(name, "rl", config, on=on, storage=storage)
+
+    def start_stage(
+        self, name: str, kind: str, config: dict[str, Any], *, on: str = "home", storage: bool = False
+    ) -> "Run":
+        """Start a run of one stage. kind: of the stage. storage: as for `start`."""
+        command = [kind, f"{name}.yaml"]
         if storage:
-            pipeline = {"name": name, "storage": str(self.store / name), "stages": [{"name": "rl", "kind": "rl"}]}
-            pipeline["stages"][0]["config"] = config
-            config, command = pipeline, ["run", f"{name}.yaml"]
+            stage = {"name": kind, "kind": kind, "config": config}
+            config = {"name": name, "storage": str(self.store / name), "stages": [stage]}
+            command = ["run", f"{name}.yaml"]
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(config))
         run = Run(self, name, on, folder=self.folder / name)
         run.process = self._launch(on, name, *command, "--run-dir", name, cwd=self.folder)

@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 
+OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 _SUFFIX = ".writing"
 _count = itertools.count()
 

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from posttrain.cli.outcome import notice_text
 from posttrain.config.held_out import HeldOutConfig
+from posttrain.context import StageContext
 from posttrain.data.held_out import prompt_key, split
 from posttrain.errors import ConfigError, DataError
 from posttrain.files import read_jsonl, write_jsonl
@@ -30,6 +31,7 @@ from posttrain.records import Message
 from posttrain.sft import stage as sft
 from posttrain.sft.packing import blank_record, to_records
 from posttrain.tune.held_out import HeldOutCallback, Standing, batches, evaluate
+from posttrain.tune.home import StageHere
 from posttrain.tune.run import training_recipe
 from posttrain.tune.steps import rows_and_blank
 
@@ -156,7 +158,9 @@ def test_an_early_end_is_part_of_the_checkpoint(tmp_path: Path):
     (tmp_path / "checkpoint-2").mkdir()
     state = SimpleNamespace(global_step=2, is_world_process_zero=True)
     evaluation.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
-    again = HeldOutCallback(None, config, tmp_path / "checkpoint-2")
+    stage: Any = SimpleNamespace(model=SimpleNamespace(path="start"))
+    here = StageHere(stage, StageContext("sft", tmp_path, tmp_path / "events.jsonl"))
+    again = HeldOutCallback(None, config, here, resumed=tmp_path / "checkpoint-2")
     assert again.standing == evaluation.standing == Standing(1, 1.0, 1, 1.0, 1.5)
     control = SimpleNamespace(should_training_stop=False)
     again.on_train_begin(SimpleNamespace(output_dir=str(tmp_path)), state, control)

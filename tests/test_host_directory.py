@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import ray
 
-from posttrain.errors import TrainerLostError, UserError
+from posttrain.errors import TrainerLostError
 from posttrain.hosts import directory
 from posttrain.hosts.directory import MAX_FAILURES, HostDirectory
-from posttrain.parallel import rank, ranks
-from posttrain.parallel.rank import Rank
+from posttrain.parallel import ranks
 from posttrain.parallel.ranks import RankGroup
 
 
@@ -174,19 +173,6 @@ def test_a_call_to_ranks_ends_when_the_host_of_one_does_not_answer(deadline_s, m
 
     with pytest.raises(TrainerLostError, match="the trainer was lost in step: the host of a rank does not answer"):
         asyncio.run(run())
-
-
-def test_ranks_on_a_host_without_the_folders_that_they_need_are_refused(tmp_path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rank, "in_cluster", lambda: True)
-    monkeypatch.setattr(rank, "this_interface", lambda: None)
-    monkeypatch.setattr(rank, "joined_away", lambda: True)
-    monkeypatch.chdir(tmp_path)  # which the rank changes
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    missing = str(tmp_path / "run")
-    with pytest.raises(UserError, match=rf"resources.trainer: a rank was placed on host .*, and {missing} of the"):
-        Rank(1, str(tmp_path), [str(tmp_path), missing]).start((0, 1), ("", 0), dict)
-    monkeypatch.setattr(rank, "joined_away", lambda: False)
-    assert not Rank(1, str(tmp_path), [missing])._unseen
 
 
 def test_answers_and_the_first_error_of_a_rank_come_before_suspicion():

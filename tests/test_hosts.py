@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -564,6 +565,36 @@ def test_engines_end_when_the_home_host_is_not_heard_and_not_before():
         for engine in engines:
             engine.kill()
             engine.wait()
+
+
+# ---------------------------------------------------------------- what is left of a process that was killed
+
+LEAVING = """
+import os, sys
+from posttrain.hosts.afterwards import remove_afterwards
+remove_afterwards(f"{sys.argv[1]}/segment-*")
+open(f"{sys.argv[1]}/segment-a", "w").close()
+print("made", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("end", [signal.SIGKILL, None])
+def test_what_a_process_leaves_is_removed_however_it_ends(tmp_path, end):
+    (tmp_path / "other").touch()
+    command = [sys.executable, "-c", LEAVING, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None  # noqa: PT018
+    assert process.stdout.readline() == "made\n"
+    assert (tmp_path / "segment-a").exists()
+    if end is not None:
+        process.send_signal(end)
+    process.communicate()
+    until = time.monotonic() + 60.0
+    while (tmp_path / "segment-a").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
 
 
 # ---------------------------------------------------------------- what ranks on other hosts hand over

@@ -91,6 +91,17 @@ def test_a_full_disk_on_the_host_of_an_engine_is_told_before_the_training(hosts:
         subprocess.run(left.command("umount", cache), check=True)
 
 
+def test_engines_that_are_packed_are_on_one_host(hosts: Cluster):
+    """Each host has room for both, and one of each has no more load than both of one."""
+    run = hosts.start(
+        "packed", steps=2, resources={"rollout": {"workers": 2, "labels": {"role": "engine"}, "pack": True}}
+    )
+    run.await_steps(1)
+    cores = [sum("EngineCore" in line for line in host.processes().values()) for host in hosts.of_role("engine")]
+    assert sorted(cores) == [0, 2]
+    assert run.wait() == 0, run.said()
+
+
 def test_engine_hosts_that_are_cut_off_and_powered_off_are_survived(hosts: Cluster):
     """After the cut no host has room for the engine that was lost; it waits until the host answers again."""
     left, right = hosts.hosts.all["left"], hosts.hosts.all["right"]
@@ -145,6 +156,36 @@ def test_ranks_and_reference_are_on_other_hosts_and_the_loss_of_one_is_survived(
     assert (run.stage / "model" / "model.safetensors").exists()
     assert len(list((run.stage / "checkpoints").glob("step_*"))) == 1
     assert not await_nothing_left(right)
+
+
+def test_ranks_on_a_host_that_was_silent_for_half_a_minute_are_replaced_and_ended(hosts: Cluster):
+    """Ray itself does not count such a host as lost: its ranks live through the cut, and wait for the others."""
+    fourth, right = hosts.join("fourth"), hosts.hosts.all["right"]
+    run = hosts.start(
+        "silent", steps=60, checkpoint_every=3, parallel={"processes": 2}, trainer_restarts=1,
+        resources={"rollout": {"workers": 1, "nodes": ["right"]},
+                   "trainer": {"nodes": ["fourth", "right"], "spread": True, "cpus": 0.5}},
+    )  # fmt: skip
+    run.await_steps(4)
+    fourth.cut()
+    cut = time.time()
+    run.await_event("trainer_restarted")
+    [restarted] = run.events("trainer_restarted")
+    assert "the host of a rank does not answer" in restarted["reason"]
+    assert restarted["t"] - cut < 30  # Ray itself takes a minute
+    old = {pid for pid, line in fourth.processes().items() if "ray::Rank" in line}
+    assert len(old) == 1
+    time.sleep(max(0.0, cut + 30 - time.time()))
+    assert old <= set(fourth.processes())
+    fourth.heal()
+    run.until(lambda: not old & set(fourth.processes()))
+    assert run.wait(400) == 0, run.said()
+    assert [line["step"] for line in run.steps()] == list(range(60))
+    audit = audit_stage(run.stage)
+    assert audit.is_clean, audit.problems
+    assert len(run.events("trainer_restarted")) == 1
+    for host in (fourth, right):
+        assert not await_nothing_left(host)
 
 
 def test_a_run_goes_on_from_its_uri_on_another_host_after_its_home_host_is_gone(hosts: Cluster, tmp_path: Path):

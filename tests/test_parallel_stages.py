@@ -97,6 +97,10 @@ def test_sft_on_two_ranks_is_the_training_of_one(on_two, policy, data, tmp_path)
     losses = [[line["loss"] for line in lines if "loss" in line] for lines in (ours, theirs)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert distance(two, alone.dir, policy) < ROUNDING
+    assert sorted(path.name for path in (two / "checkpoints" / "step_4").glob("rng_state*")) == [
+        "rng_state_0.pth",
+        "rng_state_1.pth",
+    ]
     assert json.loads((two / "model" / "config.json").read_text())["architectures"] == ["Llama4ForCausalLM"]
 
 

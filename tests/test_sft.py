@@ -46,7 +46,7 @@ from posttrain.tune.adapters import adapter_config
 from posttrain.tune.drift import DriftProbe
 from posttrain.tune.dropout import use_row_dropout
 from posttrain.tune.examples import Example
-from posttrain.tune.held_out import MADE
+from posttrain.tune.home import EVALUATIONS
 from posttrain.tune.steps import rows_and_blank
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # the ranks do not find the tests' folder
@@ -344,7 +344,7 @@ def killed_meanwhile(function: Callable[..., Any], config: SftConfig, context: S
     """In a rank, which is killed when the second checkpoint and a later evaluation are there, whatever it does then."""
 
     def kill() -> None:
-        while max((line["step"] for line in read_jsonl(context.dir / "checkpoints" / MADE)), default=0) < 15:
+        while max((line["step"] for line in read_jsonl(context.dir / "checkpoints" / EVALUATIONS)), default=0) < 15:
             time.sleep(0.002)
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -381,7 +381,7 @@ def test_a_killed_stage_goes_on_from_its_last_checkpoint_to_the_same_weights(
     names = ("step", "loss", "grad_norm", "learning_rate", "tokens")
     one, other = ([[line[name] for name in names] for line in steps_of(folder)] for folder in (whole, killed))
     assert one == other
-    made, twice = (list(read_jsonl(folder / "checkpoints" / MADE)) for folder in (whole, killed))
+    made, twice = (list(read_jsonl(folder / "checkpoints" / EVALUATIONS)) for folder in (whole, killed))
     assert made == twice  # each evaluation once, the first before the first step
     assert [line["step"] for line in made][:4] == [0, 5, 10, 15]
     assert held_out_losses(whole) == held_out_losses(killed)

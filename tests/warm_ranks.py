@@ -10,7 +10,7 @@ import gc
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -68,7 +68,6 @@ class WarmRanks:
         resources: TrainerResources,
         function: Callable[..., Any],
         *given: Any,
-        needed: Sequence[str] = (),
     ) -> Any:
         """As `posttrain.parallel.ranks.run_on_ranks`."""
         try:

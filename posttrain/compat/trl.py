@@ -47,6 +47,38 @@ def reference_pass_with_whole_model(trainer: Any) -> Iterator[None]:
             del weight.ds_status
 
 
+class _Writing:
+    """An accelerator that counts this rank as the main process."""
+
+    is_main_process = True
+
+    def __init__(self, accelerator: Any):
+        self._accelerator = accelerator
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._accelerator, name)
+
+
+@_patch(
+    "1.16.0",
+    "gap",
+    reason="TRL lets rank 0 write the reference log-probabilities to a file beside the dataset, and all ranks read it. "
+    "Ranks on several hosts do not see the same file, so the first rank of each host writes one",
+    reference="`_precompute_ref_logps` of trl/trainer/dpo_trainer.py",
+    test="tests/test_tune_home.py::test_the_first_rank_of_each_host_writes_the_reference",
+)
+@contextmanager
+def reference_written_on_each_host(trainer: Any, writes: bool) -> Iterator[None]:
+    """Within the block, `_precompute_ref_logps` writes its file on this rank. writes: False leaves it to rank 0."""
+    accelerator = trainer.accelerator
+    if writes:
+        trainer.accelerator = _Writing(accelerator)
+    try:
+        yield
+    finally:
+        trainer.accelerator = accelerator
+
+
 @_patch(
     "1.16.0",
     "gap",

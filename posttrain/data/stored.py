@@ -11,6 +11,7 @@ Left out: changes of a record. A new sequence is written instead.
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
@@ -78,9 +79,10 @@ class StoreWriter(Generic[T]):
         self._write()
         self._file.close()
         stored: Stored[T] = Stored(self._path, self._kind)
+        column = stored.column
         if not self._named:
             self._path.unlink()
-            stored = Stored(None, self._kind, column=stored.column)
+            stored = Stored(None, self._kind, column=column)
         return stored
 
     def discard(self) -> None:
@@ -99,19 +101,31 @@ class StoreWriter(Generic[T]):
 class Stored(Sequence[T]):
     """The records of a file, or some of them in any order. A record is decoded each time it is asked for.
 
-    A sequence whose file has a name can be sent to another process, which opens the file. Equal to any sequence of
-    equal records.
+    A sequence whose file has a name can be sent to another process, which opens the file when it first reads a record.
+    Equal to any sequence of equal records.
     """
 
     def __init__(self, path: Path | None, kind: Any, order: "Indices | None" = None, *, column: Any = None):
         """order: the places of the records in the file; None: all of them. column: of the file, where it is open."""
+        self.path, self._kind, self._order = path, kind, order
+        if column is not None:
+            self.column = column
+        self._decoder = msgspec.json.Decoder(kind)
+
+    @cached_property
+    def column(self) -> Any:
+        """The column of the file, which is opened here."""
         import pyarrow as pa
 
-        self.path, self._kind, self._order = path, kind, order
-        self.column = column if column is not None else pa.ipc.open_file(pa.memory_map(str(path))).read_all().column(0)
-        self._chunks = self.column.chunks
-        self._starts = [0, *accumulate(len(chunk) for chunk in self._chunks)]
-        self._decoder = msgspec.json.Decoder(kind)
+        return pa.ipc.open_file(pa.memory_map(str(self.path))).read_all().column(0)
+
+    @cached_property
+    def _chunks(self) -> Any:
+        return self.column.chunks
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        return [0, *accumulate(len(chunk) for chunk in self._chunks)]
 
     def __len__(self) -> int:
         return len(self.column) if self._order is None else len(self._order)
@@ -148,6 +162,11 @@ class Stored(Sequence[T]):
         if self.path is None:
             raise TypeError("these records lie in a file without a name, which no other process can open")
         return Stored, (self.path, self._kind, self._order)
+
+    def moved(self, folder: Path) -> "Stored[T]":
+        """The same records, if the file lies in another folder under its own name."""
+        assert self.path is not None, "a file without a name lies nowhere else"
+        return Stored(folder / self.path.name, self._kind, self._order)
 
     def take(self, indices: "Sequence[int] | Indices") -> "Stored[T]":
         """The records at these indices, in their order."""

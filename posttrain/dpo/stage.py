@@ -30,7 +30,8 @@ from posttrain.dpo.mine import mine, read_replies
 from posttrain.errors import DataError
 from posttrain.model.adapter import base_folder
 from posttrain.model.adapter_start import started_lora
-from posttrain.tune.run import ROWS, Tuning, Work, tune
+from posttrain.tune.home import ROWS
+from posttrain.tune.run import Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from posttrain.compat.trl import reference_pass_with_whole_model
+from posttrain.compat.trl import reference_pass_with_whole_model, reference_written_on_each_host
 from posttrain.dpo.losses import LOSSES, PairInputs, step_share
 from posttrain.dpo.shared import run_shared
 from posttrain.model.sharing import accept_trees
@@ -34,10 +34,11 @@ class TokenizedPairTrainer(PictureTrainer, DPOTrainer):
 
     A pair without replies is blank: nothing is learned from it. nll_weight: weight of the supervised term, the mean
     negative log-likelihood of chosen tokens. shares_prompts: whether the replies of a pair share one copy of its
-    prompt. row_keys: as in `StepTrainer`; what a row's dropout is drawn from.
+    prompt. row_keys: as in `StepTrainer`; what a row's dropout is drawn from. leads_host: as in `EngineTrainer`.
     """
 
     row_keys: Any = None
+    leads_host = False
     num_shown = 2
 
     def __init__(self, model: Any, *args: Any, nll_weight: float = 0.0, shared_prefixes: bool = True, **kwargs: Any):
@@ -61,7 +62,7 @@ class TokenizedPairTrainer(PictureTrainer, DPOTrainer):
         was_training = policy.training
         policy.eval()  # the copy of the adapters has dropout, too
         try:
-            with reference_pass_with_whole_model(self):
+            with reference_pass_with_whole_model(self), reference_written_on_each_host(self, self.leads_host):
                 return super()._precompute_ref_logps(*args, **kwargs)
         finally:
             policy.train(was_training)

@@ -8,6 +8,7 @@
     weights.py     weights of a publisher on other hosts; deltas.py: what changed between two versions
     folders.py     model folders by the hash of their content, in a cache of the host
     away.py        what ranks on another host read from the home host, and what it takes from them
+    afterwards.py  removes what a killed process leaves on a host on which nothing else of the run may be alive
     checks.py      compares packages and clocks of the hosts before a run
 
 In a local session (without RAY_ADDRESS) none of this runs.

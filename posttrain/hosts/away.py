@@ -12,11 +12,15 @@ import contextlib
 import fcntl
 import os
 import shutil
+import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from posttrain.errors import StageError
+from posttrain.files import OUT_OF_SPACE
 from posttrain.hosts.directory import directory, enroll_here, folder_here
-from posttrain.hosts.folders import FolderOffer, cache_folder, offer_folder
+from posttrain.hosts.folders import CACHE_VARIABLE, FolderOffer, cache_folder, offer_folder
 from posttrain.hosts.placement import this_address, this_node
 from posttrain.hosts.relay import Relay
 
@@ -32,15 +36,9 @@ def now_away() -> bool:
     return asyncio.run(is_away())
 
 
-def joined_away() -> bool:
-    """As `is_away`. Such a process ends from now on if the home host is not heard for long (lease.py)."""
-
-    async def join() -> bool:
-        if away := await is_away():
-            await enroll_here(os.getpid())
-        return away
-
-    return asyncio.run(join())
+def enroll_now() -> None:
+    """Have this process ended if the home host is not heard for long; nothing on the home host. See `enroll_here`."""
+    asyncio.run(enroll_here(os.getpid()))
 
 
 def folder_now(folder: str, deadline_s: float) -> str:
@@ -73,16 +71,37 @@ class HandedOver:
         return scratch / name
 
     def offer(self, folder: Path) -> FolderOffer:
-        """Serve a folder that is complete."""
-        relay = Relay(this_address())
-        try:
-            return offer_folder(folder, relay, self._held)
-        finally:
-            self._held.callback(relay.close)  # before the files are closed
+        """Serve a folder that is complete, until the next is begun."""
+        return self._held.enter_context(offered(folder))
 
     def close(self) -> None:
         """Delete what is held."""
         self._held.close()
+
+
+@contextlib.contextmanager
+def offered(folder: Path) -> Iterator[FolderOffer]:
+    """Serve a folder that is complete, within the block."""
+    with contextlib.ExitStack() as opened:
+        relay = Relay(this_address())
+        try:
+            yield offer_folder(folder, relay, opened)
+        finally:
+            relay.close()  # before the files are closed
+
+
+@contextlib.contextmanager
+def host_named() -> Iterator[None]:
+    """Within the block, the error of a disk that is full names this host."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            raise
+        raise StageError(
+            f"host {socket.gethostname()}: {error.filename or 'its disk'} cannot be written: {error.strerror}; free "
+            f"some space, or set {CACHE_VARIABLE} to a larger disk on that host"
+        ) from error
 
 
 def _locked(folder: Path) -> int:

@@ -15,11 +15,14 @@ from posttrain.parallel.tensors import adapter_tensors, read_weights
 NAME = "default"  # peft's name for a model's only adapter
 
 
-def export_adapter(model: Any, base: str | Path, *, tokenizer: Any, path: str | Path) -> Path:
+def export_adapter(
+    model: Any, base: str | Path, *, tokenizer: Any, path: str | Path, named: str | Path | None = None
+) -> Path:
     """Write the adapters of a `PeftModel` that the ranks hold in parts, in peft's format. Collective.
 
     They must not be merged yet. base: the folder that they stand on; `peft.PeftModel.from_pretrained` adds them to the
-    model in it. Returns `path` on every rank, once the folder is complete.
+    model in it. named: that folder as the home host names it, for a rank on another host. Returns `path` on every rank,
+    once the folder is complete.
     """
     from safetensors.torch import save_file
 
@@ -32,7 +35,7 @@ def export_adapter(model: Any, base: str | Path, *, tokenizer: Any, path: str | 
         if is_first_rank():
             save_file(held, aside / WEIGHTS, metadata={"format": "pt"})
             config = copy.deepcopy(model.peft_config[NAME])
-            config.base_model_name_or_path = str(Path(base).expanduser().absolute())
+            config.base_model_name_or_path = str(Path(named or base).expanduser().absolute())
             config.inference_mode = True
             config.save_pretrained(aside)
             write_json(aside / BASE, {"mark": base_mark(base_folder(base))})

@@ -3,26 +3,25 @@
 import contextlib
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from posttrain.actors.garbage import large_imports
 from posttrain.actors.processes import place_of_this
-from posttrain.errors import UserError
-from posttrain.hosts.away import joined_away
+from posttrain.hosts.away import enroll_now
 from posttrain.hosts.placement import in_cluster, this_interface
 
 
 class Rank:
     """The process of one rank."""
 
-    def __init__(self, threads: int, folder: str, needed: Sequence[str]) -> None:
-        """threads: of torch. folder: paths in arguments may be relative to it. needed: see `RankGroup`."""
-        away = in_cluster() and joined_away()
+    def __init__(self, threads: int, folder: str) -> None:
+        """threads: of torch. folder: paths in arguments may be relative to it, on a host that has it."""
+        if in_cluster():
+            enroll_now()
         if in_cluster() and (interface := this_interface()):  # that by which other hosts reach this one
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
             os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-        self._unseen = [path for path in needed if away and not os.path.isdir(path)]
         if os.path.isdir(folder):
             os.chdir(folder)
         # torch is not imported yet. An actor with a `runtime_env` would not get a process that Ray has started already.
@@ -53,12 +52,6 @@ class Rank:
         """Join the other ranks and make the object. place: (number of this rank, number of ranks)."""
         from posttrain.parallel.engine import join_ranks
 
-        if self._unseen:
-            raise UserError(
-                f"resources.trainer: a rank was placed on host {socket.gethostname()}, and {self._unseen[0]} of the "
-                "driver's host is not there; this kind of training runs on the driver's host, if that has the CPUs or "
-                "GPUs for all ranks and the section names no other, or on hosts that see its run directory and inputs"
-            )
         with self._imports:
             join_ranks(*place, meeting)
             self._made = make(*arguments)

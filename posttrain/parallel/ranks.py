@@ -37,8 +37,7 @@ class RankGroup:
     Once all ranks have joined, each makes an object by `make(*arguments)`; `get` and `call` call its methods. The ranks
     start in the background. The first call waits for them, and raises `StageError` if the cluster has no room for them.
     deadline_s: seconds after which a call counts as lost; None: no limit. name: what the ranks are, for messages.
-    lost: the error that is raised if a rank has died or did not answer within the deadline. needed: folders of this
-    host that the ranks read or write by path; a rank on a host that does not have them raises UserError.
+    lost: the error that is raised if a rank has died or did not answer within the deadline.
 
     Example: `RankGroup(parallel, resources, PolicyTrainer, config, seed).get("step", samples, 0)`.
     """
@@ -52,7 +51,6 @@ class RankGroup:
         deadline_s: float | None = None,
         name: str = "the training",
         lost: type[StageError] = StageError,
-        needed: Sequence[str] = (),
     ):
         import ray
 
@@ -66,9 +64,7 @@ class RankGroup:
         self._room = RankPlaces(resources, parallel.processes, avoided)
         actor = ray.remote(Rank)
         self._ranks: list[Any] = [
-            actor.options(num_cpus=resources.cpus, num_gpus=resources.gpus, **place).remote(
-                threads, os.getcwd(), list(needed)
-            )
+            actor.options(num_cpus=resources.cpus, num_gpus=resources.gpus, **place).remote(threads, os.getcwd())
             for place in self._room.options
         ]
         self._nodes: set[str] = set()  # of the ranks, once all are placed
@@ -246,13 +242,9 @@ def run_on_ranks(
     resources: TrainerResources,
     function: Callable[..., Any],
     *arguments: Any,
-    needed: Sequence[str] = (),
 ) -> Any:
-    """Call `function(*arguments)` on every rank at the same time, and return the result of rank 0.
-
-    needed: see `RankGroup`.
-    """
-    group = RankGroup(parallel, resources, _Work, function, *arguments, needed=needed)
+    """Call `function(*arguments)` on every rank at the same time, and return the result of rank 0."""
+    group = RankGroup(parallel, resources, _Work, function, *arguments)
     try:
         return group.get("run")
     finally:

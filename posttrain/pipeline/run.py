@@ -14,6 +14,7 @@ from typing import Protocol
 from posttrain.config.resources import HostChoice
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError, PosttrainError, StageError, UserError
+from posttrain.files import OUT_OF_SPACE
 from posttrain.hosts.placement import check_choices
 from posttrain.pipeline.config import RawPipeline
 from posttrain.pipeline.decide import Decision, decide, default_run_dir
@@ -28,7 +29,6 @@ from posttrain.pipeline.replace import Ask, delete_kept, kept, kept_text, move_a
 from posttrain.pipeline.run_place import check_place
 from posttrain.pipeline.rundir import RunDir
 from posttrain.pipeline.schedule import Scheduler
-from posttrain.pipeline.stage_process import OUT_OF_SPACE
 from posttrain.pipeline.storing import Storing, stored
 from posttrain.pipeline.summary import Summary, SummaryWriter
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from posttrain.config.data import FilesConfig
 from posttrain.config.models import ServedModelConfig
 from posttrain.errors import ConfigError
+from posttrain.files import OUT_OF_SPACE
 from posttrain.pipeline.graph import Pipeline
 from posttrain.pipeline.inputs import find_inputs, other_paths
 from posttrain.pipeline.references import has_reference
 from posttrain.pipeline.rundir import DONE, STARTED, RunDir
-from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
 
 def check_place(place: RunDir, pipeline: Pipeline) -> None:

@@ -18,9 +18,8 @@ from typing import Any
 
 from posttrain.config.base import dump_yaml, read_yaml
 from posttrain.errors import ConfigError
-from posttrain.files import keep_lines, read_object, remove, write_text
+from posttrain.files import OUT_OF_SPACE, keep_lines, read_object, remove, write_text
 from posttrain.pipeline.graph import Node, Pipeline
-from posttrain.pipeline.stage_process import OUT_OF_SPACE
 
 STARTED = "STARTED"
 DONE = "DONE"

@@ -17,12 +17,11 @@ from typing import Any
 from posttrain.actors.garbage import rare_collections
 from posttrain.context import StageContext
 from posttrain.errors import PosttrainError, UserError
+from posttrain.files import OUT_OF_SPACE
 from posttrain.metrics.trackers import tracked
 from posttrain.pipeline.adapters import forget_whole_models, with_whole_models
 from posttrain.pipeline.kinds import StageKind, load_object, load_schema
 from posttrain.pipeline.lengths import settled
-
-OUT_OF_SPACE = (28, 122, 27)  # ENOSPC, EDQUOT, EFBIG
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from posttrain.model.adapter import base_folder
 from posttrain.model.adapter_start import started_lora
 from posttrain.records import Row
 from posttrain.sft.config import SftConfig
-from posttrain.tune.run import ROWS, Tuning, Work, tune
+from posttrain.tune.home import ROWS
+from posttrain.tune.run import Tuning, Work, tune
 
 METRICS = {
     "loss": "loss",

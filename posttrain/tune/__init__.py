@@ -1,6 +1,7 @@
 """The code that the two stages which train with TRL, `sft` and `dpo`, share.
 
     run.py         the ranks of one stage: load the model, train it, measure it, export it
+    home.py        the folder of the stage, as ranks reach it from any host
     loop.py        TRL's trainer in a rank: reports metrics and progress, starts from the last checkpoint
     steps.py       makes an optimizer step independent of how its rows are divided among forwards and ranks
     engine.py      the DeepSpeed engine under TRL's trainer, and its checkpoints

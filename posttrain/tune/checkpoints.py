@@ -1,9 +1,9 @@
 """Checkpoints of a TRL trainer. The last two are kept, and that of the best model if the config asks for it.
 
-All ranks write into the folder `checkpoint-N`, whose name transformers chooses. Once it is complete, rank 0 seals it:
-it adds the fingerprint of the training and renames the folder to `step_N`. So a folder `step_N` is always complete. A
-training that dies while it writes leaves a `checkpoint-N`, which the next training deletes. A training continues only
-from a checkpoint with its own fingerprint.
+Rank 0 writes into the folder `checkpoint-N`, whose name transformers chooses. Once it is complete on the home host, it
+is sealed: the seal adds the fingerprint of the training and renames the folder to `step_N`. So a folder `step_N` is
+always complete. A training that dies while it writes leaves a `checkpoint-N`, which the next training deletes. A
+training continues only from a checkpoint with its own fingerprint.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int, kept: int | 
 
     kept: the step of a checkpoint that is not deleted, however old it is.
 
-    Rank 0 calls it, once every rank has written its part.
+    It is called on the home host, for rank 0.
     """
     written, final = folder / f"checkpoint-{step}", folder / f"step_{step}"
     remove(folder / "README.md")  # TRL's model card
@@ -62,18 +62,20 @@ def seal(folder: Path, step: int, fingerprint: str, *, tokens: int, kept: int | 
     return final
 
 
-def seal_start(engine: Any, folder: Path, fingerprint: str) -> None:
+def seal_start(engine: Any, folder: Path, fingerprint: str) -> Path:
     """Write the weights before the first step as `step_0`, for a training that may keep them. Collective.
 
-    No training continues from `step_0`, which lacks what only a trainer's checkpoint holds.
+    Returns its path. No training continues from `step_0`, which lacks what only a trainer's checkpoint holds.
     """
     from posttrain.parallel.export import folder_of_first_rank, is_first_rank
     from posttrain.parallel.state import save_state
 
-    with folder_of_first_rank(folder / "step_0") as aside:
+    path = folder / "step_0"
+    with folder_of_first_rank(path) as aside:
         save_state(engine, aside)
         if is_first_rank():
             write_json(aside / SEAL, {"step": 0, "tokens": 0, "fingerprint": fingerprint})
+    return path
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ export of the trained model, which `run.py` does.
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,13 @@ class EngineTrainer:
     model_wrapped: Any
     optimizer: Any
 
-    def __init__(self, *args: Any, learning_rates: Mapping[Part, float] | None = None, **kwargs: Any):
-        """learning_rates: of parts of the model that have a rate of their own; all must be trained."""
+    def __init__(
+        self, *args: Any, learning_rates: Mapping[Part, float] | None = None, leads_host: bool = False, **kwargs: Any
+    ):
+        """learning_rates: of parts of the model that have a rate of their own; all must be trained. leads_host: whether
+        this rank writes what all ranks of its host read.
+        """
+        self.leads_host = leads_host
         super().__init__(*args, **kwargs)
         self._learning_rates = dict(learning_rates or {})
 
@@ -56,13 +62,25 @@ class EngineTrainer:
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Make the folder of a checkpoint. `_save_optimizer_and_scheduler` writes the weights into it later."""
         assert output_dir is not None
-        os.makedirs(output_dir, exist_ok=True)
+        if dist.get_rank() == 0:
+            os.makedirs(output_dir, exist_ok=True)
         barrier()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         save_state(self.model_wrapped, output_dir)
         if dist.get_rank() == 0:
             write_json(Path(output_dir) / SCHEDULE, {"steps": self.model_wrapped.lr_scheduler.last_epoch})
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Rank 0 writes the states of all random generators: the folder of another rank may be on another host."""
+        with tempfile.TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)  # type: ignore[misc]
+            [own] = Path(folder).iterdir()
+            state = (own.name, own.read_bytes())
+        found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(state, found)
+        for name, content in found or ():
+            (Path(output_dir) / name).write_bytes(content)
 
 
 def require_engine(wrapped: Any) -> Any:

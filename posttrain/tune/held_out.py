@@ -24,12 +24,12 @@ from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from posttrain.config.held_out import HeldOutConfig
-from posttrain.files import append_jsonl, read_jsonl, write_json
+from posttrain.files import write_json
 from posttrain.parallel.export import is_first_rank
 from posttrain.tune.checkpoints import fingerprint, seal_start
+from posttrain.tune.home import StageHere
 
 STATE = "held_out.json"
-MADE = "evaluations.jsonl"
 LOSS = "held_out_loss"
 HELD_OUT_METRICS = {name: name for name in (LOSS, "held_out_margin", "held_out_accuracy")}
 
@@ -75,14 +75,14 @@ def batches(rows: int, size: int, rank: int, *, ranks: int) -> Iterator[list[int
 class Evaluations:
     """The evaluations that a training has made, also before it was killed. Each is known by the weights it measured.
 
-    folder: of the checkpoints. training: fingerprint of the training. Rank 0 reads and writes the file.
+    here: the stage on this host. training: fingerprint of the training. Rank 0 reads and writes the file.
     """
 
-    def __init__(self, folder: Path, training: str):
-        self._path, self._training = folder / MADE, training
+    def __init__(self, here: StageHere, training: str):
+        self._here, self._training = here, training
         self._figures: dict[str, dict[str, float]] = {}
         if is_first_rank():
-            self._figures = {line["of"]: line["figures"] for line in read_jsonl(self._path)}
+            self._figures = {line["of"]: line["figures"] for line in here.files.evaluations()}
 
     def figures(self, trainer: Any) -> dict[str, float]:
         """The figures of the trainer's present weights, evaluated unless they are known. Collective."""
@@ -94,8 +94,8 @@ class Evaluations:
             return held[0]
         found = evaluate(trainer)
         if is_first_rank():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            append_jsonl(self._path, {"step": trainer.state.global_step, "of": weights, "figures": found})
+            record = {"step": trainer.state.global_step, "of": weights, "figures": found}
+            self._here.files.add_evaluation(record)
         return found
 
 
@@ -103,14 +103,17 @@ class HeldOutCallback(TrainerCallback):
     """Evaluates, logs the figures, and writes the standing into checkpoints.
 
     trainer: a `StepTrainer`, whose `eval_dataset` holds the held-out rows and the blank row as the last one. training:
-    its fingerprint. resumed: the checkpoint from which training continues, or None.
+    its fingerprint. here: the stage on this host. resumed: the checkpoint from which training continues, or None.
     """
 
-    def __init__(self, trainer: Any, config: HeldOutConfig, resumed: Path | None, *, training: str = ""):
+    def __init__(
+        self, trainer: Any, config: HeldOutConfig, here: StageHere, *, resumed: Path | None = None, training: str = ""
+    ):
         self.standing = Standing()
         self.config = config
         self.baseline: dict[str, float] = {}  # the figures before the first step, unless they were logged before
         self._trainer = trainer
+        self._here = here
         self._training = training
         self._figures: dict[str, float] = {}
         if resumed is not None:
@@ -137,12 +140,14 @@ class HeldOutCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # A training that was killed between its early end and its export does not train another step.
         control.should_training_stop = self.has_ended
-        self._made = Evaluations(Path(args.output_dir), self._training)
+        self._made = Evaluations(self._here, self._training)
         if self.standing.best_loss is None:
             self.baseline = self._made.figures(self._trainer)
             self.take(state.global_step, self.baseline[LOSS])
             if self.kept_step is not None:
-                seal_start(self._trainer.model_wrapped, Path(args.output_dir), self._training)
+                start = seal_start(self._trainer.model_wrapped, Path(args.output_dir), self._training)
+                if is_first_rank():
+                    self._here.give(start)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step

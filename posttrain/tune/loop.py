@@ -7,7 +7,7 @@ metrics/trackers.py).
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,30 +15,29 @@ import torch.distributed as dist
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from posttrain.config.held_out import HeldOutConfig
-from posttrain.context import StageContext
 from posttrain.errors import StageError
-from posttrain.files import keep_lines
 from posttrain.model.router_balance import native_layers
 from posttrain.parallel.export import barrier, is_first_rank
 from posttrain.parallel.state import load_state
-from posttrain.tune.checkpoints import Sealed, latest, seal
+from posttrain.tune.checkpoints import Sealed
 from posttrain.tune.held_out import HELD_OUT_METRICS, LOSS, HeldOutCallback
+from posttrain.tune.home import StageHere
 from posttrain.tune.routers import ROUTER_METRICS, RouterCallback
 
 BUSY_INTERVAL_S = 1.0
 
 
 class StageCallback(TrainerCallback):
-    """Passes the trainer's logs to the stage's context, and seals checkpoints.
+    """Passes the trainer's logs to the stage's context, and has checkpoints sealed.
 
-    names: name that TRL logs -> name in metrics.jsonl; other logged values are left out. fingerprint: of the training.
-    resumed: the checkpoint from which the training continues. The trainer counts tokens only since then. held_out: the
-    callback that evaluates held-out rows, or None.
+    here: the stage on this host. names: name that TRL logs -> name in metrics.jsonl; other logged values are left out.
+    fingerprint: of the training. resumed: the checkpoint from which the training continues. The trainer counts tokens
+    only since then. held_out: the callback that evaluates held-out rows, or None.
     """
 
     def __init__(
         self,
-        context: StageContext,
+        here: StageHere,
         trainer: Any,
         *,
         names: Mapping[str, str],
@@ -46,10 +45,11 @@ class StageCallback(TrainerCallback):
         resumed: Sealed,
         held_out: HeldOutCallback | None,
     ):
-        self.context = context
+        self.context = here.context
         self.names = dict(names)
         self.fingerprint = fingerprint
         self.history: list[dict[str, float]] = []
+        self._here = here
         self._trainer = trainer
         self._tokens_before = resumed.tokens
         self._held_out = held_out
@@ -95,10 +95,11 @@ class StageCallback(TrainerCallback):
         self._busy(at_least_s=BUSY_INTERVAL_S)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        barrier()  # every rank has written its part
+        barrier()  # rank 0 has written it
         if is_first_rank():
             kept = None if self._held_out is None else self._held_out.kept_step
-            path = seal(Path(args.output_dir), state.global_step, self.fingerprint, tokens=self.tokens, kept=kept)
+            self._here.give(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            path = self._here.files.seal(state.global_step, self.fingerprint, tokens=self.tokens, kept=kept)
             self.context.event("checkpoint", step=state.global_step, path=str(path))
         barrier()
 
@@ -127,7 +128,7 @@ class Trained:
 
 def train(
     trainer: Any,
-    context: StageContext,
+    here: StageHere,
     names: Mapping[str, str],
     *,
     fingerprint: str,
@@ -136,16 +137,17 @@ def train(
 ) -> Trained:
     """Train a `StepTrainer`, from the last checkpoint of the same training if there is one. Collective.
 
-    It trains to the last step, or until it ends early. names: as for `StageCallback`. With `held_out.keep_best` the
-    model has the weights of the best evaluation afterwards. Raises `StageError` if a metric, such as the loss or the
-    gradient norm, is not a finite number.
+    It trains to the last step, or until it ends early. here: the stage on this host. names: as for `StageCallback`.
+    With `held_out.keep_best` the model has the weights of the best evaluation afterwards. Raises `StageError` if a
+    metric, such as the loss or the gradient norm, is not a finite number.
     """
-    resumed = _resume_point(trainer, context, fingerprint)
+    found = _resume_point(here, fingerprint)
+    resumed = found if found.path is None else replace(found, path=here.checkpoint(found.path))
     evaluation = None
     if held_out is not None:
-        evaluation = HeldOutCallback(trainer, held_out, resumed.path, training=fingerprint)
+        evaluation = HeldOutCallback(trainer, held_out, here, resumed=resumed.path, training=fingerprint)
     callback = StageCallback(
-        context,
+        here,
         trainer,
         names={**names, **ROUTER_METRICS, **HELD_OUT_METRICS},
         fingerprint=fingerprint,
@@ -162,23 +164,17 @@ def train(
         trainer.router_balance = routers.balance
         trainer.add_callback(routers)
     trainer.add_callback(callback)
-    if resumed.path is not None and is_first_rank():
-        context.event("resumed", step=resumed.step, path=str(resumed.path))
+    if found.path is not None and is_first_rank():
+        here.context.event("resumed", step=found.step, path=str(found.path))
     trainer.train(resume_from_checkpoint=None if resumed.path is None else str(resumed.path))
     steps = trainer.state.global_step
-    if evaluation is not None and evaluation.kept_step not in (None, steps):
-        load_state(trainer.model_wrapped, Path(trainer.args.output_dir) / f"step_{evaluation.kept_step}")
+    if evaluation is not None and (kept := evaluation.kept_step) not in (None, steps):
+        load_state(trainer.model_wrapped, here.kept_checkpoint(kept))
     return Trained(callback.history, evaluation)
 
 
-def _resume_point(trainer: Any, context: StageContext, fingerprint: str) -> Sealed:
-    """The checkpoint to continue from, the same on every rank.
-
-    Rank 0 finds it, and removes the lines of later steps from metrics.jsonl.
-    """
-    held: list[Any] = [None]
-    if is_first_rank():
-        found = held[0] = latest(Path(trainer.args.output_dir), fingerprint)
-        keep_lines(context.dir / "metrics.jsonl", lambda line: found.step > 0 and line["step"] <= found.step)
+def _resume_point(here: StageHere, fingerprint: str) -> Sealed:
+    """The checkpoint on the home host to continue from, the same on every rank. Rank 0 finds it."""
+    held: list[Any] = [here.files.resume_point(fingerprint) if is_first_rank() else None]
     dist.broadcast_object_list(held, src=0)
     return held[0]

@@ -8,10 +8,9 @@ engine.
 """
 
 import copy
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +18,16 @@ from posttrain.config.base import validate_config
 from posttrain.context import StageContext
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.errors import StageError
-from posttrain.files import read_jsonl
 from posttrain.model.adapter import base_folder, check_adapter
 from posttrain.model.adapter_start import continues, started_lora
+from posttrain.tune.home import ROWS, absolute, folder_of_host, home_files, stage_here
 
 if TYPE_CHECKING:
     from posttrain.model.vision.tiling import PictureTiles
     from posttrain.tune.examples import Example
+    from posttrain.tune.home import StageHere
 
-ROWS = "tokenized"  # the folder of the rows on disk, from which all ranks read them, and the folders in it
-TRAINED, HELD_OUT = "trained", "held_out"
+TRAINED, HELD_OUT = "trained", "held_out"  # the folders of the trainer's rows, in ROWS
 # The keys of a config that do not change the result of a training, besides the keys that name its data. `parallel` and
 # `gradient_accumulation` are among them, because only the number of forwards of a step counts (see `training_recipe`).
 # `epochs` is among them, because a training with more epochs continues from the checkpoint at which fewer ended;
@@ -69,13 +68,15 @@ class Work:
     """What a stage sends to every rank.
 
     make: a function; `make(config, context, model, data=data, held_out=held_out)` returns the `Tuning`. data, held_out:
-    the stage's tokenized rows, and those that are not trained on.
+    the stage's tokenized rows, and those that are not trained on. files: the actor that writes for ranks on other hosts
+    (`HomeFiles`); None in a local session.
     """
 
     make: Callable[..., Tuning]
     tokenizer: Tokenizer
     data: Sequence[object]
     held_out: Sequence[object] = ()
+    files: Any = None
 
 
 def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
@@ -92,10 +93,12 @@ def tune(config: Any, context: StageContext, work: Work) -> dict[str, Any]:
     given = {**config.model_dump(), "lora": None if lora is None else lora.model_dump()}
     config = validate_config(type(config), given, context.name)
     context.phase(f"starting ranks, which load the model: {config.parallel.processes}")
-    report = run_on_ranks(
-        config.parallel, config.resources.trainer, train_and_export, config, context, work,
-        needed=(os.getcwd(), str(context.dir), config.model.path),
-    )  # fmt: skip
+    config, context = absolute(config, context)
+    for name in (TRAINED, HELD_OUT):  # of an earlier training that was killed
+        shutil.rmtree(context.dir / ROWS / name, ignore_errors=True)
+    with home_files(context) as files:
+        work = replace(work, files=files)
+        report = run_on_ranks(config.parallel, config.resources.trainer, train_and_export, config, context, work)
     shutil.rmtree(context.dir / ROWS, ignore_errors=True)
     return report
 
@@ -106,14 +109,20 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     Returns {"steps", "loss_first", "loss_last", "kl_from_start", "entropy_before", "entropy_after", the stage's own
     figures, those of the held-out rows, "engine": the class of the engine, and the keys of `parallel`}.
     """
+    with stage_here(config, context, work.files) as here:
+        return _train_and_export(here, work)
+
+
+def _train_and_export(here: "StageHere", work: Work) -> dict[str, Any]:
     import torch
 
     from posttrain.model.load import load_policy
     from posttrain.model.vision.parts import freeze
     from posttrain.parallel.adapters import with_adapters
-    from posttrain.parallel.export import export_model
+    from posttrain.parallel.export import export_model, is_first_rank
     from posttrain.tune.settings import prepare_model, quiet_environment
 
+    config, context = here.config, here.context
     quiet_environment()
     torch.manual_seed(context.seed)  # adapters start from random weights
     images = getattr(config, "images", None)
@@ -124,8 +133,9 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
     model_config = copy.deepcopy(model.config)  # a copy, because TRL changes values in the model's config
     if continues(config.model):
         model = with_adapters(model, config.model.path, trainable=True, dropout=config.lora.dropout)
-    tuning = work.make(config, context, model, data=work.data, held_out=work.held_out)
-    trained, report = _train(config, context, model, tuning=tuning, tokenizer=work.tokenizer)
+    data, held_out = here.rows(work.data), here.rows(work.held_out)
+    tuning = work.make(config, context, model, data=data, held_out=held_out)
+    trained, report = _train(here, model, tuning, tokenizer=work.tokenizer)
     if config.lora is None or config.lora.save != "adapter":
         architecture = type(trained).__name__.removeprefix("Native")
         export_model(
@@ -136,12 +146,12 @@ def train_and_export(config: Any, context: StageContext, work: Work) -> dict[str
             path=context.dir / "model",
             processor=None if images is None else base_folder(config.model.path),
         )
+        if is_first_rank():
+            here.give(context.dir / "model")
     return report
 
 
-def _train(
-    config: Any, context: StageContext, model: Any, *, tuning: Tuning, tokenizer: Any
-) -> tuple[Any, dict[str, Any]]:
+def _train(here: "StageHere", model: Any, tuning: Tuning, *, tokenizer: Any) -> tuple[Any, dict[str, Any]]:
     """Train, and write the adapters if the config asks for them.
 
     Returns this rank's part of the trained model, with adapters added into its weights, and the report.
@@ -155,18 +165,24 @@ def _train(
     from posttrain.tune.dropout import use_row_dropout
     from posttrain.tune.loop import train
 
+    config, context = here.config, here.context
     probe = DriftProbe(model, tuning.sample, tiles=tuning.tiles)
     recipe = training_recipe(config, tuning.data_keys)
     identity = fingerprint(model, recipe, context.seed, digest_ids(tuning.rows), digest_ids(tuning.held_out))
-    folder = context.dir / ROWS
+    folder, leads_host = folder_of_host(context.dir / ROWS)
+
+    def shared(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+        return _shared_rows(rows, tuning.blank, folder / name, writes=leads_host)
+
     trainer = tuning.trainer(
         model=model,
         args=tuning.arguments,
-        train_dataset=_shared_rows(tuning.rows, tuning.blank, folder / TRAINED),
-        eval_dataset=_shared_rows(tuning.held_out, tuning.blank, folder / HELD_OUT) if tuning.held_out else None,
+        train_dataset=shared(tuning.rows, TRAINED),
+        eval_dataset=shared(tuning.held_out, HELD_OUT) if tuning.held_out else None,
         processing_class=tokenizer,
         # Adapters that are continued are in the model already.
         peft_config=_adapters(model, config) if config.lora and not continues(config.model) else None,
+        leads_host=leads_host,
         **tuning.options,
         **_picture_options(config, tuning),
     )
@@ -174,7 +190,7 @@ def _train(
         trainer.row_keys = use_row_dropout(trainer.model, context.seed)
     result = train(
         trainer,
-        context,
+        here,
         tuning.metrics,
         fingerprint=identity,
         router_bias_rate=config.model.router.bias_rate,
@@ -185,13 +201,15 @@ def _train(
     if steps == 0:
         raise StageError(f"{context.name}: no optimizer step was made")
     if (adapter := adapter_folder(config.lora)) is not None:
-        export_adapter(trainer.model, base_folder(config.model.path), tokenizer=tokenizer, path=context.dir / adapter)
+        base, path = base_folder(config.model.path), context.dir / adapter
+        export_adapter(trainer.model, base, tokenizer=tokenizer, path=path, named=here.base)
+        if is_first_rank():
+            here.give(path)
     trained = without_adapters(trainer.model)
     drift = probe.measure(trained)
-    logged = context.dir / "metrics.jsonl"  # of all steps: `history` begins where the training was continued
     figures = {
         **tuning.report(history),
-        "loss_first": next((line["loss"] for line in read_jsonl(logged) if "loss" in line), None),
+        "loss_first": here.files.first_loss() if is_first_rank() else None,
         "loss_last": history[-1]["loss"] if history else None,
         "kl_from_start": drift.kl,
         "entropy_before": drift.entropy_before,
@@ -233,17 +251,17 @@ def training_recipe(config: Any, data_keys: frozenset[str]) -> dict[str, Any]:
     return {**recipe, "router": config.model.router.model_dump(), "forwards_a_step": forwards}
 
 
-def _shared_rows(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any], folder: Path) -> Any:
-    """The dataset, read from a folder that rank 0 writes.
+def _shared_rows(rows: Sequence[Mapping[str, Any]], blank: Mapping[str, Any], folder: Path, *, writes: bool) -> Any:
+    """The dataset, read from a folder that one rank of this host writes: this one, or another.
 
-    A shared folder is needed because TRL lets rank 0 add columns to the dataset on disk, which the other ranks read.
+    A shared folder is needed because TRL adds columns to the dataset on disk, which the other ranks of a host read.
     """
     from datasets import load_from_disk
 
-    from posttrain.parallel.export import barrier, is_first_rank
+    from posttrain.parallel.export import barrier
     from posttrain.tune.steps import rows_and_blank
 
-    if is_first_rank():
+    if writes:
         folder.parent.mkdir(exist_ok=True)
         rows_and_blank(rows, blank, folder.parent).save_to_disk(folder)
     barrier()

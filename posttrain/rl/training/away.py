@@ -2,52 +2,46 @@
 
     model, checkpoint: home host ──► cache of this host        checkpoint, model, adapters: this host ──► home host
 
-Left out: pictures, whose file does not travel, and adapters as a start, whose base is somewhere else.
+Left out: pictures, whose file does not travel.
 """
 
 import contextlib
-import socket
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from posttrain.errors import StageError, UserError
-from posttrain.hosts.away import HandedOver, folder_now
-from posttrain.hosts.folders import CACHE_VARIABLE, FolderOffer
-from posttrain.model.adapter import is_adapter
+from posttrain.hosts.afterwards import remove_afterwards
+from posttrain.hosts.away import HandedOver, folder_now, host_named
+from posttrain.hosts.folders import FolderOffer
+from posttrain.parallel.away import model_here, staying
 from posttrain.rl.training.config import TrainingConfig
 from posttrain.rl.training.trainer import PolicyTrainer
+from posttrain.sampling.weights import PREFIX
 
 
-def config_here(config: TrainingConfig, key: str, store: Path | None) -> TrainingConfig:
-    """The config with the model folders as this host has them. They are pulled if they are not there.
+def config_here(config: TrainingConfig, key: str, store: Path | None) -> tuple[TrainingConfig, str]:
+    """The config with the model folders as this host has them, and the folder of the model, or of the base of its
+    adapters, on the home host. Folders are pulled if they are not there.
 
     key: of the section that says where this process runs. store: the file of the prompts' pictures. Raises UserError
     for what does not travel.
     """
-    placed = f"{key}: was placed on host {socket.gethostname()}"
-    stay = "give the home host the CPUs and GPUs that it asks for, or name that host in nodes"
     if store is not None:
-        raise UserError(f"{placed}, and pictures do not travel; {stay}")
-
-    def here(path: str) -> str:
-        found = folder_now(path, config.trainer_deadline_s)
-        if is_adapter(found):
-            raise UserError(f"{placed}, and {path} holds adapters, whose base does not travel; {stay}")
-        return found
-
-    model = config.model.model_copy(update={"path": here(config.model.path)})
-    changed: dict[str, Any] = {"model": model}
+        raise staying(key, "pictures do not travel")
+    deadline_s = config.trainer_deadline_s
+    found = model_here(config.model.path, key, deadline_s)
+    changed: dict[str, Any] = {"model": config.model.model_copy(update={"path": found.path})}
     if (reference := config.loss.reference) is not None and reference.path is not None:
-        reference = reference.model_copy(update={"path": here(reference.path)})
+        reference = reference.model_copy(update={"path": model_here(reference.path, key, deadline_s).path})
         changed["loss"] = config.loss.model_copy(update={"reference": reference})
-    return config.model_copy(update=changed)
+    return config.model_copy(update=changed), found.base
 
 
 def trainer_away(config: TrainingConfig, seed: int, *, template: str | None, store: Path | None) -> "TrainerAway":
     """The trainer of this rank. template: the text of the chat template, if a file of the home host has it."""
-    here = config_here(config, "resources.trainer", store)
+    here, base = config_here(config, "resources.trainer", store)
     chosen = here.model.chat_template
     with tempfile.TemporaryDirectory() as folder:
         if template is not None and chosen is not None:
@@ -55,19 +49,21 @@ def trainer_away(config: TrainingConfig, seed: int, *, template: str | None, sto
             file.write_text(template, encoding="utf-8")
             chosen = chosen.model_copy(update={"path": str(file)})
         model = here.model.model_copy(update={"chat_template": chosen})
-        return TrainerAway(here.model_copy(update={"model": model}), seed, config.model.path)
+        return TrainerAway(here.model_copy(update={"model": model}), seed, base)
 
 
 class TrainerAway(PolicyTrainer):
     """A `PolicyTrainer` on another host. What rank 0 writes is offered, and the home host takes it.
 
-    base: the folder of the model on the home host, on which adapters stand.
+    base: the folder on the home host on which adapters stand.
     """
 
     def __init__(self, config: TrainingConfig, seed: int, base: str):
         super().__init__(config, seed)
-        self._base = Path(base)
+        self._base_named = Path(base)
         self._handed = HandedOver()
+        if self._rank == 0:  # which may be killed after a cut, when nobody else of the run is on its host
+            remove_afterwards(f"/dev/shm/{PREFIX}{os.getpid()}-*")
 
     def save(self, folder: str) -> FolderOffer | None:
         """See `Trainer.save`."""
@@ -99,13 +95,8 @@ class TrainerAway(PolicyTrainer):
     @contextlib.contextmanager
     def _written(self, folder: str) -> Iterator[Path]:
         """Where rank 0 of this host writes what the home host will have as `folder`. Names the host of a full disk."""
-        try:
+        with host_named():
             yield Path(folder) if self._rank else self._handed.begin(Path(folder).name)
-        except OSError as error:
-            raise StageError(
-                f"host {socket.gethostname()}: {error.filename or 'its disk'} cannot be written: {error.strerror}; "
-                f"free some space, or set {CACHE_VARIABLE} to a larger disk on that host"
-            ) from error
 
     def _offered(self, place: Path) -> FolderOffer | None:
         return None if self._rank else self._handed.offer(place)

@@ -95,7 +95,7 @@ class PolicyTrainer:
         has_routers = native_layers(self._policy) is not None
         self._routers = RouterBalance(self._policy, config.model.router.bias_rate) if has_routers else None
         self._tokenizer = load_tokenizer(config.model.path, config.model.chat_template)
-        self._base = base_folder(config.model.path)
+        self._base = self._base_named = base_folder(config.model.path)
         self._weights = publisher(config)
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self.policy_version = 0
@@ -234,7 +234,7 @@ class PolicyTrainer:
 
     def save_adapter(self, folder: str) -> FolderOffer | None:
         """Write the policy's adapters, on the base on which they were trained."""
-        export_adapter(self._policy, self._base, tokenizer=self._tokenizer, path=folder)
+        export_adapter(self._policy, self._base, tokenizer=self._tokenizer, path=folder, named=self._base_named)
 
     def save_checkpoint(self, folder: str, controller: dict[str, Any]) -> FolderOffer | None:
         """See `Trainer.save_checkpoint`."""
