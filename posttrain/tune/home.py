@@ -6,7 +6,8 @@
     rank 0 on another host  events, metrics, folders that are complete ──► HomeFiles, an actor ──► the stage's folder
 
 The home host takes folders that are offered to it. The actor ends with the training. So ranks that were replaced while
-their host was cut off can write nothing afterwards. Left out: pictures, whose file does not travel.
+their host was cut off can write nothing afterwards. Left out: pictures, whose file does not travel, and adapters
+as a start, whose base is somewhere else.
 """
 
 import contextlib
@@ -125,7 +126,7 @@ class StageHere:
     """A stage as a rank of it finds it on its host.
 
     config: with the model folder as this host has it. context: with a folder of this host. files: called by rank 0.
-    base: the model folder on the home host, or that of the base of the adapters in it.
+    base: the model folder on the home host.
     """
 
     def __init__(self, config: Any, context: StageContext):
@@ -162,9 +163,7 @@ class StageAway(StageHere):
         super().__init__(config, context)
         if getattr(config, "images", None) is not None:
             raise staying(PLACED, "pictures do not travel")
-        found = model_here(config.model.path, PLACED, ARRIVE_S)
-        self.base = Path(found.base)
-        model = config.model.model_copy(update={"path": found.path})
+        model = config.model.model_copy(update={"path": model_here(config.model.path, PLACED, ARRIVE_S)})
         self.config = config.model_copy(update={"model": model})
         self._rows = Path(folder_now(str(context.dir / ROWS), ARRIVE_S))
         folder = handed.begin(context.name)

@@ -2,7 +2,7 @@
 
     model, checkpoint: home host ──► cache of this host        checkpoint, model, adapters: this host ──► home host
 
-Left out: pictures, whose file does not travel.
+Left out: pictures, whose file does not travel, and adapters as a start, whose base is somewhere else.
 """
 
 import contextlib
@@ -21,9 +21,8 @@ from posttrain.rl.training.trainer import PolicyTrainer
 from posttrain.sampling.weights import PREFIX
 
 
-def config_here(config: TrainingConfig, key: str, store: Path | None) -> tuple[TrainingConfig, str]:
-    """The config with the model folders as this host has them, and the folder of the model, or of the base of its
-    adapters, on the home host. Folders are pulled if they are not there.
+def config_here(config: TrainingConfig, key: str, store: Path | None) -> TrainingConfig:
+    """The config with the model folders as this host has them. They are pulled if they are not there.
 
     key: of the section that says where this process runs. store: the file of the prompts' pictures. Raises UserError
     for what does not travel.
@@ -31,17 +30,17 @@ def config_here(config: TrainingConfig, key: str, store: Path | None) -> tuple[T
     if store is not None:
         raise staying(key, "pictures do not travel")
     deadline_s = config.trainer_deadline_s
-    found = model_here(config.model.path, key, deadline_s)
-    changed: dict[str, Any] = {"model": config.model.model_copy(update={"path": found.path})}
+    model = config.model.model_copy(update={"path": model_here(config.model.path, key, deadline_s)})
+    changed: dict[str, Any] = {"model": model}
     if (reference := config.loss.reference) is not None and reference.path is not None:
-        reference = reference.model_copy(update={"path": model_here(reference.path, key, deadline_s).path})
+        reference = reference.model_copy(update={"path": model_here(reference.path, key, deadline_s)})
         changed["loss"] = config.loss.model_copy(update={"reference": reference})
-    return config.model_copy(update=changed), found.base
+    return config.model_copy(update=changed)
 
 
 def trainer_away(config: TrainingConfig, seed: int, *, template: str | None, store: Path | None) -> "TrainerAway":
     """The trainer of this rank. template: the text of the chat template, if a file of the home host has it."""
-    here, base = config_here(config, "resources.trainer", store)
+    here = config_here(config, "resources.trainer", store)
     chosen = here.model.chat_template
     with tempfile.TemporaryDirectory() as folder:
         if template is not None and chosen is not None:
@@ -49,7 +48,7 @@ def trainer_away(config: TrainingConfig, seed: int, *, template: str | None, sto
             file.write_text(template, encoding="utf-8")
             chosen = chosen.model_copy(update={"path": str(file)})
         model = here.model.model_copy(update={"chat_template": chosen})
-        return TrainerAway(here.model_copy(update={"model": model}), seed, base)
+        return TrainerAway(here.model_copy(update={"model": model}), seed, config.model.path)
 
 
 class TrainerAway(PolicyTrainer):

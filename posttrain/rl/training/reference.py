@@ -86,7 +86,7 @@ def frozen_policy(config: TrainingConfig, seed: int, store: Path | None = None) 
     if now_away():
         from posttrain.rl.training.away import config_here
 
-        config, _ = config_here(config, "resources.reference", store)
+        config = config_here(config, "resources.reference", store)
     return FrozenPolicy(config, seed, store)
 
 
