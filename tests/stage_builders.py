@@ -560,6 +560,7 @@ def rl_difficulties(config: Any) -> Any:
 
 
 def rl_draws(config: Any) -> Any:
+    from posttrain.episodes.tools import row_renderer
     from posttrain.rl.prompts.profile import Difficulty
     from posttrain.rl.prompts.quotas import mixture_shares, places
     from posttrain.rl.prompts.source import prompt_source
@@ -569,7 +570,8 @@ def rl_draws(config: Any) -> Any:
     profile = [Difficulty(row.id, row.capability, 8, 4 * (index % 2), 0, True) for index, row in enumerate(rows)]
     if config.modality_curriculum is not None:  # these rows have no pictures
         config = config.model_copy(update={"modalities": {"text": 1.0}})
-    source = prompt_source(config, rows, profile[:-1], tokenizer=_tokenizer(), seed=0)
+    render = row_renderer(_tokenizer(), config.environment)
+    source = prompt_source(config, rows, profile[:-1], render=render, seed=0)
     drawn = []
     for step, capability in enumerate(
         islice(places(mixture_shares(rows, config.mixture, modalities=config.modalities)), 48)

@@ -217,9 +217,9 @@ def test_what_rl_prepares_lies_on_disk(tmp_path: Path, policy: Path, draw: str) 
         config = validate_config(RlConfig, settings, "test")
         rows, heldout = inputs.read_rows(config), heldout_rows(config, config.evaluation)
         read = inputs.read_inputs(config, rows, heldout)
-        tokenizer, drawn, evaluated = read.tokenizer, read.prompts, read.evaluated
+        drawn, evaluated = read.prompts, read.evaluated
         asked = drawn.at(profiled_places(rows, count - 2, seed=0))
-        source = prompt_source(config, select_band([], rows, None), [], tokenizer=tokenizer, seed=0)
+        source = prompt_source(config, select_band([], rows, None), [], render=read.render, seed=0)
         for order in range(count):
             source.draw(rows[0].capability, order)
         if source._selection is not None:

@@ -36,6 +36,7 @@ from posttrain.rl.history.audit import audit_stage
 from posttrain.rl.history.replay import replay, weight_gaps
 from posttrain.rl.prompts.band import select_band
 from posttrain.rl.prompts.difficulty import Difficulty
+from posttrain.rl.prompts.kept import KeptPrompts
 from posttrain.rl.prompts.quotas import mixture_shares, places
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import EQUAL_REWARDS
@@ -605,6 +606,29 @@ def source_of(rows, seed=0, instructions=()):
 def test_every_prompt_is_seen_once_a_pass():
     source = source_of([row_named(f"p{i}") for i in range(9)])
     assert Counter(source.draw("math", order).row.id for order in range(27)) == Counter({f"p{i}": 3 for i in range(9)})
+
+
+def test_a_prompt_that_was_rendered_before_is_not_rendered_again():
+    from posttrain.config.rewards import SystemsConfig
+
+    rows = [row_named(f"p{i}") for i in range(8)]
+    rendered = []
+
+    def render(row, messages):
+        rendered.append([message.role for message in messages])
+        return [9, 9]
+
+    kept = KeptPrompts(rows, [(i, i + 1) for i in range(8)], render)
+    systems = validate_config(
+        SystemsConfig, {"instructions": [{"text": "Be brief.", "weight": 1.0}, {"text": "", "weight": 1.0}]}, "test"
+    )
+    source = PromptSource(rows, systems, kept, seed=0)
+    drawn = [source.draw("math", order) for order in range(64)]
+    plain = [prompt for prompt in drawn if prompt.system is None]
+    assert {prompt.prompt.token_ids for prompt in plain} == {(i, i + 1) for i in range(8)}
+    assert all(prompt.prompt.token_ids[0] == int(prompt.row.id[1:]) for prompt in plain)
+    assert rendered == [["system", "user"]] * (len(drawn) - len(plain))
+    assert 0 < len(plain) < len(drawn)
 
 
 def test_draws_go_on_after_a_checkpoint_and_after_groups_dispatched_since():

@@ -11,7 +11,7 @@ from posttrain.data.images.store import ImageStore
 from posttrain.data.images.take import ImageReader
 from posttrain.data.rows import store_rows
 from posttrain.data.shown import Tools
-from posttrain.data.stored import Derived, Stored
+from posttrain.data.stored import Derived, Stored, StoreWriter
 from posttrain.data.tokenizer import Tokenizer
 from posttrain.episodes.tools import row_renderer, row_tools
 from posttrain.records import DrawnPrompt, Row
@@ -20,6 +20,7 @@ from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import check_rewardable
 from posttrain.rl.loop.evaluation import heldout_prompts
 from posttrain.rl.prompts.beliefs import strata_of
+from posttrain.rl.prompts.kept import KeptPrompts
 from posttrain.rl.prompts.lengths import check_room, plain_prompts
 
 
@@ -27,12 +28,13 @@ from posttrain.rl.prompts.lengths import check_room, plain_prompts
 class Inputs:
     """What a stage trains on.
 
-    prompts: one for each of `rows`. evaluated: those of `evaluation`. store: the pictures of the rows; None for a stage
-    that takes none.
+    render: renders the rows as prompts. prompts: one for each of `rows`. evaluated: those of `evaluation`. store: the
+    pictures of the rows; None for a stage that takes none.
     """
 
     rows: Stored[Row]
     tokenizer: Tokenizer
+    render: KeptPrompts
     prompts: Derived[Row, DrawnPrompt]
     evaluated: Derived[Row, DrawnPrompt]
     store: ImageStore | None
@@ -59,25 +61,40 @@ def read_inputs(
     _check_special_tokens(tokenizer, config, rows, heldout=heldout)
     store = images and images.store
     pictures = pictures_for(store, config.model.path, tokenizer)
-    prompts = draw_plain(rows, tokenizer, config, pictures=pictures)
+    kept = keep_prompts(rows, tokenizer, config, pictures=pictures)
     render = row_renderer(tokenizer, config.environment, pictures)
-    return Inputs(rows, tokenizer, prompts, heldout_prompts(config, heldout, render, store=store), store)
+    evaluated = heldout_prompts(config, heldout, render, store=store)
+    return Inputs(rows, tokenizer, kept, plain_prompts(rows, kept, store), evaluated, store)
 
 
 def draw_plain(
     rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig, *, pictures: Pictures | None = None
 ) -> Derived[Row, DrawnPrompt]:
     """Each row as a prompt without a system instruction. Raises DataError if one leaves no room for a reply."""
+    kept = keep_prompts(rows, tokenizer, config, pictures=pictures)
+    return plain_prompts(rows, kept, pictures and pictures.store)
+
+
+def keep_prompts(
+    rows: Sequence[Row], tokenizer: Tokenizer, config: GradingConfig, *, pictures: Pictures | None = None
+) -> KeptPrompts:
+    """Render each row, and keep its token ids. Raises DataError if one leaves no room for a reply."""
     render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
-    prompts = plain_prompts(rows, render, store)
-    check_room(
-        prompts,
-        render,
-        config.systems.instructions,
-        max_tokens=config.sampling.max_tokens,
-        max_model_len=config.engine.length,
-    )
-    return prompts
+    with StoreWriter[tuple[int, ...]](tuple[int, ...]) as ids:
+
+        def keep() -> Iterator[DrawnPrompt]:
+            for prompt in plain_prompts(rows, render, store):
+                ids.append(prompt.prompt.token_ids)
+                yield prompt
+
+        check_room(
+            keep(),
+            render,
+            config.systems.instructions,
+            max_tokens=config.sampling.max_tokens,
+            max_model_len=config.engine.length,
+        )
+        return KeptPrompts(rows, ids.close(), render)
 
 
 def _check_special_tokens(

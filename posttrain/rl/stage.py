@@ -11,7 +11,7 @@ from typing import Any
 from posttrain.config.resources import ActorResources
 from posttrain.context import StageContext
 from posttrain.data.ends import end_token_ids, note_added_end
-from posttrain.data.images.section import image_reader, pictures_for
+from posttrain.data.images.section import image_reader
 from posttrain.data.images.store import ImageStore
 from posttrain.data.stored import Derived
 from posttrain.data.tokenizer import Tokenizer
@@ -109,12 +109,11 @@ def _run_with(
     models.callback(starts.close)  # first of all, as long as the engines stand
     _check_same(ledger, config, rows, context=context)
     measured = [item for item in profile if item.n]
-    pictures = pictures_for(store, config.model.path, tokenizer)
     shares = mixture_shares(selected, config.mixture, modalities=config.modalities)
 
     def make_parts() -> Parts:
         own = AdaptersOff(starts.trainer) if config.loss.reference is not None else None
-        source = prompt_source(config, selected, profile, tokenizer=tokenizer, seed=context.seed, pictures=pictures)
+        source = prompt_source(config, selected, profile, render=inputs.render, seed=context.seed, store=store)
         archive = RolloutArchive(context.dir / "rollouts", tokenizer)
         return Parts(
             engines, starts.trainer, reference or own, source, shares, archive, ledger,

@@ -11,5 +11,6 @@ measured.py       pass rates and pass@k from the first groups of the training
 difficulty.py     the measured pass rates, and the store that runs share
 fingerprints.py   what a measured pass rate depends on
 quotas.py         the share of each capability in a batch
+kept.py           the token ids of prompts, rendered once
 lengths.py        check that prompt and reply fit into the engine
 """

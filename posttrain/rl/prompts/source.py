@@ -17,11 +17,9 @@ from posttrain.config.rewards import SystemsConfig
 from posttrain.data.arrays import computed, shuffled
 from posttrain.data.chat import RenderRow
 from posttrain.data.images.modality import modality_of
-from posttrain.data.images.render import Pictures, prompt_of
+from posttrain.data.images.render import prompt_of
 from posttrain.data.images.store import ImageStore
 from posttrain.data.places import Places
-from posttrain.data.tokenizer import Tokenizer
-from posttrain.episodes.tools import row_renderer
 from posttrain.metrics.correctness import passes_and_failures
 from posttrain.records import DrawnPrompt, Message, Row
 from posttrain.rl.prompts.beliefs import Beliefs
@@ -192,15 +190,14 @@ def prompt_source(
     rows: Sequence[Row],
     known: Sequence[Difficulty],
     *,
-    tokenizer: Tokenizer,
+    render: RenderRow,
     seed: int,
-    pictures: Pictures | None = None,
+    store: ImageStore | None = None,
 ) -> PromptSource:
     """The source that draws these prompts, each with its system instruction.
 
-    known: what a profile found. pictures: those of the rows; None for rows of text.
+    known: what a profile found. store: of the pictures that the rows show; None for rows of text.
     """
-    render, store = row_renderer(tokenizer, config.environment, pictures), pictures and pictures.store
     if config.selection.draw == "in_turn":
         return PromptSource(rows, config.systems, render, seed=seed, store=store, modalities=config.modalities)
     beliefs = Beliefs(rows, config.selection.half_life, config.selection.predictor)
