@@ -6,6 +6,7 @@ workers.py groups.py      send turns to engines and replace lost ones; the same 
 worker.py worker_weights.py   one engine's place and its requests; which weights each has, and how it takes newer ones
 joining.py                workers that join and leave while the others sample
 requests.py rollouts.py   requests and answers; the one place where answers become rollouts
+packed.py                 many requests or answers on their way to another process
 client.py registry.py     the engines that a stage leases; the actor that makes them and keeps them warm
 engine.py stream.py       the engine; the replies that are on their way out of it, in pieces
 core.py arguments.py      vLLM's engine core: started, watched, asked with a deadline; what it is started with

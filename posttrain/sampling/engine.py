@@ -29,6 +29,7 @@ from posttrain.hosts.relay import RelayError
 from posttrain.sampling.arguments import ENGINE_ENV
 from posttrain.sampling.core import Core
 from posttrain.sampling.manifests import WeightSource
+from posttrain.sampling.packed import Pieces
 from posttrain.sampling.pictures import RequestPictures
 from posttrain.sampling.requests import Completion, EngineLostError, Piece, SampleRequest, Updated
 from posttrain.sampling.roads import reachable
@@ -151,7 +152,7 @@ class EngineActor:
                 await self._outbox.wait(wait_s)
         finally:
             self._num_collecting -= 1
-        pieces = self._outbox.take(self._decode)
+        pieces = Pieces(self._outbox.take(self._decode))
         if not pieces:
             self._core.check()
         return pieces, time.time()

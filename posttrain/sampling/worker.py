@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from posttrain.actors.calls import await_with_heartbeat
 from posttrain.actors.lane import COLLECT_S, Lane
 from posttrain.context import BusyLog
+from posttrain.sampling.packed import Requests
 from posttrain.sampling.requests import Piece, SampleRequest
 from posttrain.sampling.roads import EnginePlace
 from posttrain.sampling.rollouter import Flight
@@ -24,12 +25,14 @@ class Ask:
     """What one request to an engine is for: turns of one group that begin with the same tokens.
 
     key: the key under which the engine gets it. waiting: the turns that the latest request to an engine asks for, in
-    the order of its replies. began_s: Unix time at which it was first sent.
+    the order of its replies. num_left: how many of these are not sampled yet. began_s: Unix time at which it was first
+    sent.
     """
 
     key: int
     turns: list[Turn]
     waiting: list[Turn] = field(default_factory=list)
+    num_left: int = 0
     began_s: float = 0.0
 
     @property
@@ -40,15 +43,11 @@ class Ask:
     def rest(self) -> SampleRequest:
         """The request for the turns, or parts of turns, that are not sampled yet."""
         self.waiting = [turn for turn in self.turns if not turn.completion.finish_reason]
+        self.num_left = len(self.waiting)
         request = self.turns[0].request
         if any(turn.completion.token_ids for turn in self.waiting):
             return replace(request, begun=tuple(turn.completion.token_ids for turn in self.waiting))
         return request if request.n == len(self.waiting) else replace(request, n=len(self.waiting))
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every turn is sampled."""
-        return all(turn.completion.finish_reason for turn in self.turns)
 
 
 class Worker:
@@ -96,7 +95,7 @@ class Worker:
 
     def _new_lane(self) -> Lane[Ask, Collected]:
         return Lane(
-            lambda asks: self.actor.submit.remote([(ask.key, ask.rest()) for ask in asks]),
+            lambda asks: self.actor.submit.remote(Requests((ask.key, ask.rest()) for ask in asks)),
             lambda: self.actor.collect.remote(COLLECT_S),
             lambda collected: self._take(self, *collected),
             deadline_s=self._silence_s,

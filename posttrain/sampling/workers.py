@@ -288,7 +288,8 @@ class RolloutWorkers:
             if piece.finish_reason:
                 self._note_cached(turn, piece.num_cached)
                 self._rollouters.can_go_on(turn.session)
-            if piece.finish_reason and ask.is_finished:
+                ask.num_left -= 1
+            if not ask.num_left:
                 worker.end(ask, now)
                 grown.pop(ask.flight.order, None)
             else:
