@@ -45,6 +45,7 @@ def by_text(rollout, row):
         case "nan": return float("nan")
         case "hang": time.sleep(1000)
         case "slow": time.sleep(0.5)
+        case "stuck" if seen.read_text().split().count(str(rollout.index)) == 1: time.sleep(1000)
         case "daemon":
             subprocess.Popen(["setsid", "--fork", "sleep", "1000"]); time.sleep(0.5)
         case "flaky" if seen.read_text().split().count(str(rollout.index)) == 1: raise ConnectionError("try again")
@@ -282,6 +283,36 @@ class TestActor:
             return pids
 
         assert gone(with_client(reward, work, workers=2))
+
+    def test_groups_of_one_call_are_taken_as_they_come_and_only_the_rest_is_scored_again(
+        self, ray_session: None, reward: str, tmp_path: Path
+    ) -> None:
+        """The actor is killed while it scores one of three groups."""
+
+        async def work(client: RewardClient) -> None:
+            taken: dict[int, list[float]] = {}
+            changed = asyncio.Event()
+
+            def take(found: Sequence[tuple[int, Sequence[Scored]]]) -> None:
+                for place, scores in found:
+                    assert place not in taken
+                    taken[place] = [scored.result.value for scored in scores if scored.result]
+                changed.set()
+
+            stuck, first, second = pairs_of("stuck 1", "right 0.5", "right 0.25")
+            scoring = asyncio.create_task(client.score_each([[stuck], [first, second], [], [second]], take))
+            while len(taken) < 3:
+                changed.clear()
+                await changed.wait()
+            assert taken == {1: [0.5, 0.25], 2: [], 3: [0.25]}
+            assert not scoring.done()
+            os.kill(client.pids()[0], signal.SIGKILL)
+            await scoring
+            assert taken == {0: [1.0], 1: [0.5, 0.25], 2: [], 3: [0.25]}
+            assert client.num_restarts == 1
+            assert Counter((tmp_path / "seen").read_text().split()) == {"0": 2, "1": 1, "2": 2}
+
+        with_client(reward, work, workers=2)
 
     def test_what_cannot_be_sent_is_not_scored_and_named(self, ray_session: None, reward: str) -> None:
         async def work(client: RewardClient) -> None:

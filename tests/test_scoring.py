@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy
@@ -24,7 +25,8 @@ from posttrain.errors import PluginError
 from posttrain.records import Message, RewardResult, Rollout, Row, Scored, VersionSpan
 from posttrain.scoring.plugins.lookup import REWARD, RewardSpec, check_reward, list_plugins, load_reward
 from posttrain.scoring.pool.pool import RewardPool
-from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded, PairEncoder, Question
+from posttrain.scoring.pool.wire import Answer, FrameBuffer, Loaded, PairEncoder, Question, frame
+from posttrain.scoring.remote.messages import pack_scorings, unpack_scorings
 from posttrain.scoring.sandbox.run import Limits, SandboxError, SandboxResult, find_sandbox, run_python
 
 HOSTILE = '''
@@ -439,6 +441,21 @@ class TestWire:
         messages = [message for byte in data for message in buffer.feed(bytes([byte]))]
         assert messages == [Question(7, reply("text"), row)]
 
+    @pytest.mark.parametrize("size", [1, 7, 40, 10_000])
+    def test_messages_are_read_however_they_are_cut(self, size: int) -> None:
+        sent = [Answer(key, 0.5, RewardResult(float(key), {"a": 1.0}, "x" * key)) for key in range(60)]
+        data = b"".join(map(frame, sent))
+        buffer: FrameBuffer[Loaded | Answer] = FrameBuffer(Loaded | Answer)
+        cuts = range(0, len(data), size)
+        assert [message for cut in cuts for message in buffer.feed(data[cut : cut + size])] == sent
+
+    def test_messages_before_one_that_cannot_be_read_are_read(self) -> None:
+        good, bad = Answer(1, 0.5, error="e"), b"\xc1"
+        messages = FrameBuffer(Loaded | Answer).feed(frame(good) * 2 + len(bad).to_bytes(4, "big") + bad)
+        assert [next(messages), next(messages)] == [good, good]
+        with pytest.raises(ValueError, match="MessagePack data is malformed"):
+            next(messages)
+
     def test_a_row_arrives_as_json_would_carry_it(self) -> None:
         fields = {"pair": (1, 2), "array": numpy.arange(2), "day": date(2026, 1, 2), 3: math.nan}
         data = PairEncoder()(reply("text"), Row("r", "coding", (), (1,), fields)).question(0)
@@ -446,6 +463,27 @@ class TestWire:
         assert arrived.answer == [1]
         assert math.isnan(arrived.fields.pop("3"))
         assert arrived.fields == {"pair": [1, 2], "array": [0, 1], "day": "2026-01-02"}
+
+    @pytest.mark.parametrize("bad", [{"lock": threading.Lock()}, {"raw": b"123"}, {"large": 2**80}])
+    def test_scorings_are_packed_together_and_by_parts_where_one_cannot_be(self, bad: dict[str, Any]) -> None:
+        plain = Row("a", "coding", (Message("user", "?"),), "4", {"level": 2, "hint": None, "share": 0.5})
+        nested = Row("b", "coding", (Message("user", "?"),), (1, 2), {"day": date(2026, 1, 2), 3: numpy.arange(2)})
+        wrong = Row("c", "coding", (), None, bad)
+        groups = [(5, [(reply("x", 0), plain), (reply("y", 1), plain)]), (6, [(reply("z"), nested)])]
+
+        def read(scorings: list[Any]) -> list[Any]:
+            found = unpack_scorings(pack_scorings(scorings))
+            return [
+                (item.key, [pair if isinstance(pair, str) else pair.question(1) for pair in item.encoded()])
+                for item in found
+            ]
+
+        expected = [(key, [PairEncoder()(rollout, row).question(1) for rollout, row in pairs]) for key, pairs in groups]
+        assert read(groups) == expected
+        assert len(unpack_scorings(pack_scorings(groups))[0].rows) == 1
+        *good, (key, (first, second)) = read([*groups, (7, [(reply("x"), wrong), (reply("y"), plain)])])
+        assert (good, key, second) == (expected, 7, PairEncoder()(reply("y"), plain).question(1))
+        assert first.startswith("row c: ")
 
     def test_a_value_that_cannot_be_sent_is_named(self) -> None:
         with pytest.raises(TypeError, match="a object cannot be sent"):

@@ -9,11 +9,12 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from posttrain.records import FinishReason, Outcome, Rollout, Row, Scored, turn_part
+from posttrain.records import FinishReason, Outcome, Rollout, Scored, turn_part
 from posttrain.rl.advantages import ADVANTAGES, OVER_BATCH, Rule, is_zero, of_turns
 from posttrain.rl.grading.config import GradingConfig, OverlongConfig
 from posttrain.rl.records import Drop, DropReason, Group, ScoredGroup
-from posttrain.sampling.scoring import score_others
+from posttrain.scoring.remote.client import TakeScores
+from posttrain.scoring.remote.messages import Pair
 
 FIRST_PAUSE_S = 0.25
 
@@ -21,40 +22,63 @@ FIRST_PAUSE_S = 0.25
 class Scorer(Protocol):
     """The interface of a scorer, such as `RewardClient`."""
 
-    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
+    async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
         """The scores in order."""
+        ...
+
+    async def score_each(self, groups: Sequence[Sequence[Pair]], take: TakeScores) -> None:
+        """Have `take` called with the place and the scores of each group, as soon as it has them."""
         ...
 
 
 async def score_group(group: Group, scorer: Scorer, config: GradingConfig) -> ScoredGroup:
     """Score every rollout, and compute advantages."""
-    return scored_group(group, await scores_of(group, scorer, config), config)
+    scores = all_scores(group, await scorer.score(pairs_to_score(group)))
+    return scored_group(group, await scored_again(group, scores, scorer, rescores=config.reward.rescores), config)
 
 
-async def scores_of(
-    group: Group, scorer: Scorer, config: GradingConfig, *, known: Sequence[Scored] = ()
-) -> list[Scored]:
-    """The score of every rollout. known: the scores of the first ones, which are not scored again.
+def pairs_to_score(group: Group, num_known: int = 0) -> list[Pair]:
+    """The rollouts that the reward scores, with their row. An episode has its score from its environment.
 
-    Rollouts without a score are scored again, up to `reward.rescores` times. Those on which the reward function hung,
-    though it scored others, are not: it was tried on them more than once.
+    num_known: how many of the first rollouts have their scores already.
     """
-    rollouts = group.rollouts[len(known) :] if known else group.rollouts
-    pairs = [(rollout, group.prompt.row) for rollout in rollouts]
-    scores = await score_others(pairs, scorer.score)
-    for pause_s in rescore_pauses(config.reward.rescores):
-        places = [index for index, scored in enumerate(scores) if _is_worth_a_try(rollouts[index], scored)]
-        if not places:
+    return [(rollout, group.prompt.row) for rollout in group.rollouts[num_known:] if rollout.scored is None]
+
+
+def all_scores(group: Group, scores: Sequence[Scored], known: Sequence[Scored] = ()) -> list[Scored]:
+    """The score of every rollout. scores: of `pairs_to_score`. known: of the first rollouts."""
+    given = iter(scores)
+    return [*known, *(rollout.scored or next(given) for rollout in group.rollouts[len(known) :])]
+
+
+async def scored_again(
+    group: Group, scores: Sequence[Scored], scorer: Scorer, *, rescores: int, num_known: int = 0
+) -> Sequence[Scored]:
+    """The scores, after rollouts without one were scored again, up to `rescores` times: see `worth_a_try`."""
+    for pause_s in rescore_pauses(rescores):
+        if not (places := worth_a_try(group, scores, num_known)):
             break
         await asyncio.sleep(pause_s)
-        again = dict(zip(places, await scorer.score([pairs[index] for index in places]), strict=True))
-        scores = [again.get(index, scored) for index, scored in enumerate(scores)]
-    return [*known, *scores]
+        pairs = [(group.rollouts[place], group.prompt.row) for place in places]
+        again = dict(zip(places, await scorer.score(pairs), strict=True))
+        scores = [again.get(place, scored) for place, scored in enumerate(scores)]
+    return scores
 
 
-def _is_worth_a_try(rollout: Rollout, scored: Scored) -> bool:
-    """Whether the reward may score it next time. An episode has its score from its environment, or has none."""
-    return rollout.scored is None and scored.result is None and scored.outcome is not Outcome.UNSCORABLE
+def worth_a_try(group: Group, scores: Sequence[Scored], num_known: int = 0) -> list[int]:
+    """The places of rollouts without a score that the reward may score next time.
+
+    Those on which the reward function hung, though it scored others, are not: it was tried on them more than once. Nor
+    are the first `num_known`, which were scored before, nor episodes.
+    """
+    return [
+        place
+        for place, scored in enumerate(scores)
+        if scored.result is None
+        and place >= num_known
+        and scored.outcome is not Outcome.UNSCORABLE
+        and group.rollouts[place].scored is None
+    ]
 
 
 def rescore_pauses(rescores: int) -> list[float]:
@@ -120,9 +144,10 @@ def paid_turns(rollout: Rollout) -> list[float]:
 def _refused(rollout: Rollout) -> Scored | None:
     """The result for a rollout that cannot be trained on, or None if it can."""
     bad = 0
-    for segment in rollout.segments:  # every rollout comes here: a generator would take twice as long
-        if segment.sampler_logprobs is not None:
-            bad += len(segment.sampler_logprobs) - sum(map(math.isfinite, segment.sampler_logprobs))
+    for segment in rollout.segments:
+        logprobs = segment.sampler_logprobs
+        if logprobs is not None and not math.isfinite(sum(logprobs)):  # the sum of finite ones is finite, and quick
+            bad += sum(not math.isfinite(value) for value in logprobs)
     if not bad:
         return None
     return Scored(None, Outcome.INFRASTRUCTURE, f"{bad} of the sampler's log-probabilities are not finite")

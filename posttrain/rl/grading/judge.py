@@ -10,6 +10,7 @@ reward function of yours may use all of them. A reply without a verdict has no s
 import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 
 from msgspec.structs import replace
 
@@ -20,12 +21,12 @@ from posttrain.errors import UserError
 from posttrain.judging.backend import JudgeBackend, PreparedJudge
 from posttrain.judging.prompts import Question
 from posttrain.judging.verdicts import Undecided, Verdict
-from posttrain.records import Message, Outcome, Rollout, Row, Scored
+from posttrain.records import Message, Outcome, Row, Scored
 from posttrain.rl.grading.config import GradingConfig
 from posttrain.rl.grading.verifiers import JUDGE_FIELD, reward_config
-from posttrain.scoring.remote.client import RewardClient
+from posttrain.scoring.remote.client import RewardClient, TakeScores, score_together
+from posttrain.scoring.remote.messages import Pair
 
-Pair = tuple[Rollout, Row]
 Score = Callable[[Sequence[Pair]], Awaitable[Sequence[Scored]]]
 
 
@@ -110,6 +111,16 @@ class JudgedRewards(RewardClient):
         finally:
             await super().close()
 
-    async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
-        """The scores in order; see `Judge.score`."""
-        return await self._judge.score(super().score, pairs) if pairs else []
+    async def score_each(self, groups: Sequence[Sequence[Pair]], take: TakeScores) -> None:
+        """Have each group rated, and then scored; see `Judge.score`."""
+        score = partial(score_together, super().score_each)
+
+        async def score_one(place: int, pairs: Sequence[Pair]) -> None:
+            take([(place, await self._judge.score(score, pairs) if pairs else [])])
+
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for place, pairs in enumerate(groups):
+                    tasks.create_task(score_one(place, pairs))
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None

@@ -14,7 +14,7 @@ All loops run in one TaskGroup, so the first failure ends all of them:
 
     workers.run            feeds the engines, fetches what they sampled, replaces those that are lost
     dispatch.run           admits groups whenever there is room
-    scoring.run            starts a task for each sampled group: rewards, advantages, whether it is trained on
+    scoring.run            takes the sampled groups: rewards, advantages, whether each is trained on
     start                  before the first step: has the engines load the trainer's weights, and compares both
     steps.run              takes a batch, has the trainer make a step, sends the new weights; the only loop that waits
                            for generation

@@ -10,15 +10,15 @@ Example. With shares of 1/2 for `math` and `code` and 2 places in a batch, each 
 then has two for `code`.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from msgspec import Struct
 
 from posttrain.rl.prompts.quotas import places, scattered
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(Struct, frozen=True):
     """A place of a batch, the capability that it belongs to, and how often it has been refilled."""
 
     capability: str
@@ -41,7 +41,8 @@ class BatchPlaces:
         self._refills = refills
         self._coming = places(shares, version * groups_per_step)
         self._num_given = version * groups_per_step
-        self._of_batch: dict[int, Counter[str]] = {}  # by version, for each batch that is not taken yet
+        # By version, for each batch that is not taken yet.
+        self._of_batch: defaultdict[int, Counter[str]] = defaultdict(Counter)
         self._free: list[Place] = []
         self._lent: Counter[str] = Counter()
 
@@ -101,7 +102,7 @@ class BatchPlaces:
     def _give_out(self) -> None:
         """Make the next place free, in the order of the batches."""
         place = Place(next(self._coming))
-        self._of_batch.setdefault(self._num_given // self._batch, Counter())[place.capability] += 1
+        self._of_batch[self._num_given // self._batch][place.capability] += 1
         self._num_given += 1
         self._free.append(place)
 

@@ -53,8 +53,10 @@ the caller is told that there is none.
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import Literal
+
+from msgspec import Struct
+from msgspec.structs import replace
 
 from posttrain.rl.loop.places import BatchPlaces, Place
 from posttrain.rl.prompts.quotas import places, scattered
@@ -63,8 +65,7 @@ from posttrain.rl.records import DropReason
 Mode = Literal["pace", "wait", "drop"]
 
 
-@dataclass(frozen=True, slots=True)
-class _Undecided:
+class _Undecided(Struct, frozen=True):
     """A group that is neither trained on nor dropped. Its stamp and place are explained at the top of this file."""
 
     stamp: int

@@ -1,6 +1,7 @@
 """Reward functions in killable processes of their own.
 
 pool.py             scores pairs of rollout and row, over any number of processes
+item.py             a rollout in a pool, and who gets its score
 siblings.py         holds replies back when others to the same prompt hang
 slot.py             keeps one process of the pool alive, feeds it and watches its deadlines
 stats.py            what the pool counts

@@ -22,12 +22,12 @@ from itertools import groupby
 from posttrain.errors import PluginError
 from posttrain.records import Outcome, Rollout, Row, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward, resolve
+from posttrain.scoring.pool.item import Item, Receiver
 from posttrain.scoring.pool.siblings import GIVEN_UP, Siblings
-from posttrain.scoring.pool.slot import Item, Reports, Slot, watch
+from posttrain.scoring.pool.slot import Reports, Slot, watch
 from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.pool.wire import Answer, EncodedPair, Setup, encode_pairs, frame
 
-_NEVER = float("-inf")
 CLOSED = "the pool was closed"
 
 
@@ -64,11 +64,12 @@ class RewardPool:
         self._slots: list[Slot] = []
         self._queue: deque[Item] = deque()
         self._num_items = 0
-        self._last_scored_s = _NEVER
+        self._last_scored_s = float("-inf")
         self._control: EncodedPair | None = None  # a pair that was scored without trouble
         self._settling: set[asyncio.Task[None]] = set()
         self._watching: asyncio.Task[None] | None = None
         self._is_open = False
+        self._is_scheduled = False
 
     @property
     def stats(self) -> PoolStats:
@@ -112,27 +113,26 @@ class RewardPool:
 
     def begin(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[asyncio.Future[Scored]]:
         """Begin to score. Returns a future for the score of each pair. A cancelled future gives up its score."""
-        return self.begin_encoded(encode_pairs(pairs))
+        new = asyncio.get_running_loop().create_future
+        futures = [(pair, new()) for pair in encode_pairs(pairs)]
+        self.begin_encoded(futures)
+        return [future for _, future in futures]
 
-    def begin_encoded(self, pairs: Iterable[EncodedPair | str]) -> list[asyncio.Future[Scored]]:
-        """As `begin`, for pairs that another process has encoded. If it could not encode a pair, the reason is given in
-        place of the pair.
+    def begin_encoded(self, pairs: Iterable[tuple[EncodedPair | str, Receiver]]) -> None:
+        """As `begin`, for pairs that another process has encoded, each with who gets its score. If it could not encode
+        a pair, the reason is given in place of the pair.
         """
         if not self._is_open:
             raise RuntimeError("start the pool before scoring")
-        futures = []
         row, siblings = None, Siblings()
-        for pair in pairs:
-            future: asyncio.Future[Scored] = asyncio.get_running_loop().create_future()
-            futures.append(future)
+        for pair, receiver in pairs:
             if isinstance(pair, str):
-                future.set_result(self._count(Scored(None, Outcome.ERROR, pair)))
+                receiver.set_result(self._count(Scored(None, Outcome.ERROR, pair)))
                 continue
             if pair.row is not row:  # consecutive replies to one prompt share its encoded row
                 row, siblings = pair.row, Siblings()
-            self._add(pair, future, siblings)
-        self._dispatch()
-        return futures
+            self._add(pair, receiver, siblings)
+        self._dispatch_soon()
 
     def score_all(self, pairs: Iterable[tuple[Rollout, Row]]) -> list[Scored]:
         """For callers without an event loop: start the pool, score all pairs, close it. Returns the scores in order."""
@@ -171,16 +171,19 @@ class RewardPool:
         except (TypeError, ValueError) as error:
             raise PluginError(f"reward {self.spec.name!r}: args must be JSON values: {error}") from error
 
-    def _add(
-        self, pair: EncodedPair, future: asyncio.Future[Scored], siblings: Siblings, *, is_control: bool = False
-    ) -> None:
+    def _add(self, pair: EncodedPair, receiver: Receiver, siblings: Siblings, *, is_control: bool = False) -> None:
         self._num_items += 1
-        self._queue.append(Item(self._num_items, pair, future, time.monotonic(), siblings, is_control=is_control))
+        self._queue.append(Item(self._num_items, pair, receiver, time.monotonic(), siblings, is_control=is_control))
+
+    def _dispatch_soon(self) -> None:
+        """Send queued items when all that comes in this round of the event loop is there."""
+        if not self._is_scheduled:
+            self._is_scheduled = True
+            asyncio.get_running_loop().call_soon(self._dispatch)
 
     def _dispatch(self) -> None:
-        """Send queued items to slots with room. If no process can be started any more, all items end as
-        `infrastructure`.
-        """
+        """Send queued items to slots with room. They end as `infrastructure` if no process can be started any more."""
+        self._is_scheduled = False
         self._fill_slots()
         for slot in self._slots:
             slot.flush()
@@ -191,7 +194,7 @@ class RewardPool:
     def _fill_slots(self) -> None:
         while self._queue:
             item = self._queue[0]
-            if item.future.done():  # its caller gave up
+            if item.receiver.done():  # its caller gave up
                 self._queue.popleft()
                 self._hear(item.siblings.settled(item))
                 continue
@@ -276,11 +279,11 @@ class RewardPool:
         return (await future).outcome is Outcome.SCORED
 
     def _resolve(self, item: Item, scored: Scored) -> None:
-        if item.future.done():
+        if item.receiver.done():
             return
         wall_s = time.monotonic() - item.started_s
         scored = Scored(scored.result, scored.outcome, scored.reason, wall_s)
-        item.future.set_result(scored if item.is_control else self._count(scored))
+        item.receiver.set_result(scored if item.is_control else self._count(scored))
         self._hear(item.siblings.settled(item, scored.outcome))
 
     def _hear(self, settled: tuple[list[Item], list[Item]]) -> None:
@@ -292,7 +295,7 @@ class RewardPool:
             self._fail(to_send, CLOSED)
         elif to_send:
             self._queue_in_front(to_send)
-            asyncio.get_running_loop().call_soon(self._dispatch)
+            self._dispatch_soon()
 
     def _count(self, scored: Scored) -> Scored:
         self._stats.outcomes[scored.outcome] += 1

@@ -8,7 +8,7 @@ is already in a process is not taken back.
 """
 
 from posttrain.records import Outcome, Scored
-from posttrain.scoring.pool.slot import Item
+from posttrain.scoring.pool.item import Item
 
 ENOUGH = 2  # so many replies that hang in every try speak for the whole prompt
 GIVEN_UP = Scored(

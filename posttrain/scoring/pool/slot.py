@@ -8,14 +8,11 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from posttrain.records import Outcome, Scored
+from posttrain.records import Outcome
+from posttrain.scoring.pool.item import Item
 from posttrain.scoring.pool.process import PluginProcess
-from posttrain.scoring.pool.wire import Answer, EncodedPair, Loaded
-
-if TYPE_CHECKING:
-    from posttrain.scoring.pool.siblings import Siblings
+from posttrain.scoring.pool.wire import Answer, Loaded
 
 _PROGRAM = "posttrain.scoring.pool.reward_process"
 _PIPELINE_S = 0.02
@@ -25,27 +22,6 @@ _ASYNC_GRACE_S = 1.0
 _MAX_START_FAILURES = 3
 _BACKOFF_S = 0.2
 _LOOK_S = 0.5  # pause between two looks at how many processes there are
-
-
-@dataclass(slots=True, eq=False)
-class Item:
-    """A rollout to be scored, and what has happened to it so far. Times are monotonic seconds.
-
-    siblings: shared by the replies to its prompt that are scored together.
-    alone: whether the item must be the only one in its process. It is set when a process is lost while it scores
-    several items, because only a run alone shows which item ended the process.
-    """
-
-    key: int
-    pair: EncodedPair
-    future: "asyncio.Future[Scored]"
-    started_s: float
-    siblings: "Siblings"
-    sent_s: float = 0.0
-    is_control: bool = False
-    num_timeouts: int = 0
-    num_deaths: int = 0
-    alone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from msgspec import Struct
 
 from posttrain.records import RewardResult, Rollout, Row
 
+UNENCODABLE = (TypeError, ValueError, OverflowError, RecursionError)  # raised for a value that MessagePack lacks
 MARK = "POSTTRAIN_REWARD_WORKER"  # the variable by which everything is found that such a process starts
 HEADER_BYTES = 4
 MAX_REPLY_BYTES = 1 << 20
@@ -72,6 +73,7 @@ class _Named(Struct, frozen=True):
     id: str
 
 
+_PLAIN = frozenset({str, int, float, bool, type(None)})
 _encoder = msgspec.msgpack.Encoder()
 _named = msgspec.msgpack.Decoder(_Named)
 
@@ -102,7 +104,7 @@ def encode_pairs(pairs: Iterable[tuple[Rollout, Row]]) -> "Iterator[EncodedPair 
     for rollout, row in pairs:
         try:
             yield encode(rollout, row)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except UNENCODABLE as error:
             yield f"row {row.id}: {error}"
 
 
@@ -129,26 +131,29 @@ class FrameBuffer(Generic[T]):
     """
 
     def __init__(self, kind: object, max_bytes: int = MAX_REPLY_BYTES):
-        self._data = bytearray()
+        self._rest = b""
         self._decoder = msgspec.msgpack.Decoder(kind)
         self._max_bytes = max_bytes
 
     def feed(self, data: bytes) -> Iterator[T]:
         """Take bytes, and yield the messages that they complete."""
-        self._data += data
-        while len(self._data) >= HEADER_BYTES:
-            length = int.from_bytes(self._data[:HEADER_BYTES], "big")
-            if length > self._max_bytes:
-                raise ValueError(f"a message of {length} bytes; at most {self._max_bytes} are allowed")
-            end = HEADER_BYTES + length
-            if len(self._data) < end:
-                return
-            body = bytes(self._data[HEADER_BYTES:end])
-            del self._data[:end]
-            try:
-                yield self._decoder.decode(body)
-            except msgspec.DecodeError as error:
-                raise ValueError(str(error)) from None
+        data = self._rest + data
+        view, end = memoryview(data), 0  # a copy of what is left after each message would take longer than reading it
+        try:
+            while len(data) >= (begin := end + HEADER_BYTES):
+                length = int.from_bytes(view[end:begin], "big")
+                if length > self._max_bytes:
+                    raise ValueError(f"a message of {length} bytes; at most {self._max_bytes} are allowed")
+                if len(data) < begin + length:
+                    return
+                end = begin + length
+                try:
+                    message = self._decoder.decode(view[begin:end])
+                except msgspec.DecodeError as error:
+                    raise ValueError(str(error)) from None
+                yield message
+        finally:
+            self._rest = data[end:]
 
 
 def plain_row(row: Row) -> Any:
@@ -157,6 +162,15 @@ def plain_row(row: Row) -> Any:
     calls = [message["tool_calls"] for message in plain["messages"] if "tool_calls" in message]
     _refuse_bytes([plain["answer"], plain["fields"], calls])  # the other fields have types of their own
     return plain
+
+
+def is_plain(row: Row) -> bool:
+    """Whether the row is surely as if it came from JSON, so that `plain_row` would change nothing."""
+    return (
+        type(row.answer) in _PLAIN
+        and all(type(name) is str and type(value) in _PLAIN for name, value in row.fields.items())
+        and not any(message.tool_calls for message in row.messages)
+    )
 
 
 def _refuse_bytes(value: dict[Any, Any] | Sequence[object]) -> None:

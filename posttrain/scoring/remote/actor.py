@@ -10,18 +10,24 @@ scorings, because a call between processes takes longer than a score.
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from posttrain.actors.processes import place_of_this
 from posttrain.errors import PluginError
+from posttrain.records import Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.plugins.target import describe
 from posttrain.scoring.pool.pool import RewardPool
 from posttrain.scoring.pool.stats import PoolStats
-from posttrain.scoring.remote.messages import Done, pack_done, unpack_scorings
+from posttrain.scoring.pool.wire import EncodedPair
+from posttrain.scoring.remote.messages import Done, Scoring, pack_done, unpack_scorings
 
 # An environment variable of the reward processes and of everything that they start. It names the actor they belong to.
 MARK = "POSTTRAIN_REWARD_ACTOR"
+
+
+GATHER_S = 0.01  # a call between processes costs more than many scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,50 @@ class Health:
 
     pids: tuple[int, ...] = ()
     stats: PoolStats = field(default_factory=PoolStats)
+
+
+class _BeingScored:
+    """A scoring whose rollouts are being scored. finish: gets it when all have their scores."""
+
+    __slots__ = ("_finish", "_num_left", "_scores", "_scoring")
+
+    def __init__(self, scoring: Scoring, finish: Callable[[Done], None]):
+        self._scoring = scoring
+        self._finish = finish
+        self._scores: list[Scored | None] = [None] * len(scoring.pairs)
+        self._num_left = len(scoring.pairs)
+
+    def places(self) -> Iterator[tuple[EncodedPair | str, "_Place"]]:
+        """Each pair with the place for its score."""
+        for index, pair in enumerate(self._scoring.encoded()):
+            yield pair, _Place(self, index)
+
+    def has(self, index: int) -> bool:
+        """Whether a rollout has its score."""
+        return self._scores[index] is not None
+
+    def take(self, index: int, scored: Scored) -> None:
+        """Take the score of a rollout."""
+        self._scores[index] = scored
+        self._num_left -= 1
+        if not self._num_left:
+            self._finish(Done(self._scoring.key, [scored for scored in self._scores if scored is not None]))
+
+
+class _Place:
+    """Gets the score of one rollout of a scoring."""
+
+    __slots__ = ("_index", "_of")
+
+    def __init__(self, of: _BeingScored, index: int):
+        self._of = of
+        self._index = index
+
+    def done(self) -> bool:
+        return self._of.has(self._index)
+
+    def set_result(self, result: Scored) -> None:
+        self._of.take(self._index, result)
 
 
 class RewardActor:
@@ -42,6 +92,7 @@ class RewardActor:
         self._pool = RewardPool(spec, num_processes, timeout_s)
         self._done: list[Done] = []
         self._event = asyncio.Event()
+        self._num_open = 0  # scorings that are not done
 
     async def where(self) -> tuple[str, int]:
         """The id of this node in Ray, and of this process."""
@@ -58,25 +109,28 @@ class RewardActor:
     async def submit(self, scorings: bytes) -> None:
         """Begin to score under the caller's keys. scorings: bytes from `pack_scorings`."""
         for scoring in unpack_scorings(scorings):
+            self._num_open += 1
+            being_scored = _BeingScored(scoring, self._finish)
             try:
-                scores = asyncio.gather(*self._pool.begin_encoded(scoring.encoded()))
+                self._pool.begin_encoded(being_scored.places())
             except Exception as error:  # raised where the scores are waited for
                 self._finish(Done(scoring.key, [], describe(error)))
-            else:
-                scores.add_done_callback(lambda scores, key=scoring.key: self._finish(Done(key, list(scores.result()))))
 
     async def collect(self, wait_s: float) -> tuple[bytes, Health]:
-        """Wait up to `wait_s` for a scoring to be done. Returns all that are done since the last call, as `pack_done`
-        encodes them.
+        """Wait up to `wait_s` for a scoring to be done, and then a moment for others. Returns all that are done since
+        the last call, as `pack_done` encodes them.
         """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(wait_s):
                 await self._event.wait()
+                if self._num_open:
+                    await asyncio.sleep(GATHER_S)
         self._event.clear()
         done, self._done = self._done, []
         return pack_done(done), await self.ping()
 
     def _finish(self, done: Done) -> None:
+        self._num_open -= 1
         self._done.append(done)
         self._event.set()
 

@@ -1,26 +1,29 @@
 """The reward as a stage uses it: it scores pairs, and replaces an actor that dies or freezes.
 
-    score() ──► ActorLife.score ──► scores
-       ▲             │ the actor died or froze
-       └── again ◄── a new ActorLife, started by the first call that needs it; all others wait for it
+    score_each() ──► ActorLife.scoring ──► the scores of each group, as they come
+       ▲                  │ the actor died or froze
+       └── the rest ◄──── a new ActorLife, started by the first call that needs it; all others wait for it
 
 A scoring that was lost with an actor is sent to the next one; the loss of an actor never becomes a score.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from posttrain.actors.losses import ActorLostError
 from posttrain.config.resources import RewardResources
 from posttrain.config.rewards import RewardConfig
 from posttrain.errors import PluginError, StageError
-from posttrain.records import Outcome, Rollout, Row, Scored
+from posttrain.records import Outcome, Scored
 from posttrain.scoring.plugins.lookup import RewardSpec, check_reward
 from posttrain.scoring.pool.stats import PoolStats
 from posttrain.scoring.remote.life import ActorLife
+from posttrain.scoring.remote.messages import Pair
 
 MAX_RESTARTS = 5
 DEADLINE_S = 30.0
+TakeScores = Callable[[Sequence[tuple[int, Sequence[Scored]]]], None]  # places of groups, with their scores
+ScoreEach = Callable[[Sequence[Sequence[Pair]], TakeScores], Awaitable[None]]
 
 
 class RewardClient:
@@ -64,26 +67,43 @@ class RewardClient:
             await self.close()
             raise
 
-    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
-        """The scores of the pairs, in order, from one call of the actor. Raises StageError if no actor stays alive."""
+    async def score(self, pairs: Sequence[Pair]) -> list[Scored]:
+        """The scores of the pairs, in order, as those of one group of `score_each`."""
+        return await score_together(self.score_each, pairs)
+
+    async def score_each(self, groups: Sequence[Sequence[Pair]], take: TakeScores) -> None:
+        """Score groups of pairs. `take` is called with the place and the scores of each, as soon as it has them.
+
+        The replies to one prompt belong into one group. Raises StageError if no actor stays alive.
+        """
         if not self._is_open:
             raise RuntimeError("start the client before scoring")
-        if not pairs:
-            return []
-        reason = ""
-        for _ in range(MAX_RESTARTS + 1):
+        left = {place: pairs for place, pairs in enumerate(groups) if pairs}
+        if len(left) < len(groups):
+            take([(place, []) for place, pairs in enumerate(groups) if not pairs])
+        losses, reason = 0, ""
+        while left and losses <= MAX_RESTARTS:
             try:
-                life = await self._living()
-                scores = await life.score(pairs)
+                with (await self._living()).scoring(left) as awaited:
+                    while left:
+                        found = await awaited.some()
+                        losses = 0
+                        self._note(found)
+                        for place, _ in found:
+                            del left[place]
+                        take(found)
             except ActorLostError as error:
+                losses += 1
                 reason = f"the reward actor was lost: {error}"
-                if self._is_open:
-                    continue
-                break
-            if any(scored.result is not None for scored in scores):
-                self._lost_in_a_row = 0
-            return scores
-        return [Scored(None, Outcome.INFRASTRUCTURE, reason)] * len(pairs)
+                if not self._is_open:
+                    break
+        if left:
+            lost = Scored(None, Outcome.INFRASTRUCTURE, reason)
+            take([(place, [lost] * len(pairs)) for place, pairs in left.items()])
+
+    def _note(self, found: Iterable[tuple[int, Sequence[Scored]]]) -> None:
+        if any(scored.result is not None for _, scores in found for scored in scores):
+            self._lost_in_a_row = 0
 
     async def close(self) -> None:
         """End the actor and its processes. Unfinished scores get outcome `infrastructure`."""
@@ -127,3 +147,14 @@ class RewardClient:
                 raise
             await self._life.close()
             raise StageError(f"the reward could not be loaded again: {error}") from error
+
+
+async def score_together(score_each: ScoreEach, pairs: Sequence[Pair]) -> list[Scored]:
+    """The scores of the pairs, in order, as one group."""
+    found: list[Scored] = []
+
+    def take(scored: Sequence[tuple[int, Sequence[Scored]]]) -> None:
+        found.extend(scored[0][1])
+
+    await score_each([pairs], take)
+    return found

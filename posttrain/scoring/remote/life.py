@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import os
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -20,13 +20,44 @@ from posttrain.actors.processes import kill_marked
 from posttrain.config.resources import RewardResources
 from posttrain.errors import PluginError, StageError
 from posttrain.hosts.placement import pinned_here
-from posttrain.records import Rollout, Row, Scored
+from posttrain.records import Scored
 from posttrain.scoring.plugins.lookup import RewardSpec
 from posttrain.scoring.remote.actor import MARK, Health, RewardActor
-from posttrain.scoring.remote.messages import Scoring, pack_scorings, scoring_of, unpack_done
+from posttrain.scoring.remote.messages import Pair, pack_scorings, unpack_done
 
 PLACE_S = 180.0
 CLOSE_S = 10.0
+
+
+class Awaited:
+    """The scores of the groups that one caller waits for."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[int, list[Scored]]] = []
+        self._error: Exception | None = None
+        self._has_some = asyncio.Event()
+
+    def take(self, place: int, scores: list[Scored]) -> None:
+        """Note the scores of the group at a place."""
+        self._found.append((place, scores))
+        self._has_some.set()
+
+    def fail(self, error: Exception) -> None:
+        """Note that there will be no more."""
+        self._error = error
+        self._has_some.set()
+
+    async def some(self) -> list[tuple[int, list[Scored]]]:
+        """The places and scores that have come since the last call; waits for the first. Raises the error of `fail`
+        after all that came before it.
+        """
+        await self._has_some.wait()
+        if not self._found and self._error is not None:
+            raise self._error
+        if self._error is None:
+            self._has_some.clear()
+        found, self._found = self._found, []
+        return found
 
 
 class ActorLife:
@@ -54,16 +85,16 @@ class ActorLife:
         self._lost: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._process: psutil.Process | None = None
         self._serving: asyncio.Task[None] | None = None
-        self._lane: Lane[Scoring, tuple[bytes, Health]] = Lane(
+        self._lane: Lane[tuple[int, Sequence[Pair]], tuple[bytes, Health]] = Lane(
             lambda scorings: self._actor.submit.remote(pack_scorings(scorings)),
             lambda: self._actor.collect.remote(COLLECT_S),
             lambda collected: self._take(*collected),
             deadline_s=deadline_s,
             name=lambda: "it",
-            refused=lambda scorings, error: self._fail((scoring.key for scoring in scorings), error),
+            refused=lambda scorings, error: self._fail((key for key, _ in scorings), error),
         )
-        self._scoring: dict[int, asyncio.Future[list[Scored]]] = {}
-        self._num_scorings = 0
+        self._scoring: dict[int, tuple[Awaited, int]] = {}  # by key: who waits for it, and the place of the group
+        self._next_key = 0
         self.health = Health()
 
     @property
@@ -103,18 +134,25 @@ class ActorLife:
             raise PluginError(reason)
         self.health = await self._call("ping")
 
-    async def score(self, pairs: Sequence[tuple[Rollout, Row]]) -> list[Scored]:
-        """The scores of the pairs, in order. Raises ActorLostError if the actor is lost meanwhile."""
+    @contextlib.contextmanager
+    def scoring(self, groups: Mapping[int, Sequence[Pair]]) -> Iterator[Awaited]:
+        """Have the actor score groups of pairs, by their places, for as long as the `with` block waits for them.
+
+        Raises ActorLostError if the actor is lost; `Awaited.some` does so if it is lost meanwhile.
+        """
         if self.is_lost:
             raise ActorLostError(self.reason)
-        self._num_scorings += 1
-        key = self._num_scorings
-        done = self._scoring[key] = asyncio.get_running_loop().create_future()
-        self._lane.send(scoring_of(key, pairs))
+        awaited = Awaited()
+        keys = range(self._next_key, self._next_key + len(groups))
+        self._next_key = keys.stop
+        for key, (place, pairs) in zip(keys, groups.items(), strict=True):
+            self._scoring[key] = awaited, place
+            self._lane.send((key, pairs))
         try:
-            return await done
+            yield awaited
         finally:
-            del self._scoring[key]
+            for key in keys:
+                self._scoring.pop(key, None)
 
     async def close(self) -> None:
         """End the pool, then the actor. Rollouts that still wait for a score get none."""
@@ -158,19 +196,15 @@ class ActorLife:
         for done in unpack_done(answered):
             if done.error:
                 self._fail([done.key], StageError(f"the reward actor could not score: {done.error}"))
-            elif (waiting := self._waiting(done.key)) is not None:
-                waiting.set_result(done.scores)
+            elif (waiting := self._scoring.pop(done.key, None)) is not None:  # None: the caller has given up
+                awaited, place = waiting
+                awaited.take(place, done.scores)
 
     def _fail(self, keys: Iterable[int], error: Exception) -> None:
         """Raise the error in the calls that wait for these scores."""
         for key in keys:
-            if (waiting := self._waiting(key)) is not None:
-                waiting.set_exception(error)
-
-    def _waiting(self, key: int) -> asyncio.Future[list[Scored]] | None:
-        """The future that the caller of a scoring waits for; None if the caller has given up."""
-        waiting = self._scoring.get(key)
-        return None if waiting is None or waiting.done() else waiting
+            if (waiting := self._scoring.pop(key, None)) is not None:
+                waiting[0].fail(error)
 
     def _lose(self, reason: str, is_empty: bool = False) -> None:
         """Kill the actor and its processes. A frozen actor does not react to `ray.kill`, and cannot end its processes.

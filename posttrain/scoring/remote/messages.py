@@ -4,17 +4,23 @@ The stage encodes rollouts and rows once. The actor passes the bytes on to a rew
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import msgspec
 from msgspec import Raw, Struct
 
 from posttrain.records import Rollout, Row, Scored
-from posttrain.scoring.pool.wire import EncodedPair, encode_pairs
+from posttrain.scoring.pool.wire import UNENCODABLE, EncodedPair, encode_pairs, is_plain, plain_row
+
+Pair = tuple[Rollout, Row]
 
 
 class Scoring(Struct, frozen=True, array_like=True):
-    """Rollouts to score under the caller's key. rows: the encoded rows, each once. pairs: for each rollout its encoding
-    and the place of its row in `rows`, or the reason why it could not be encoded."""
+    """At least one rollout to score under the caller's key.
+
+    rows: the encoded rows, each once. pairs: for each rollout its encoding and the place of its row in `rows`, or the
+    reason why it could not be encoded.
+    """
 
     key: int
     rows: list[Raw]
@@ -39,8 +45,29 @@ _scorings = msgspec.msgpack.Decoder(list[Scoring])
 _done = msgspec.msgpack.Decoder(list[Done])
 
 
-def scoring_of(key: int, pairs: Sequence[tuple[Rollout, Row]]) -> Scoring:
-    """Encode pairs under a key. Consecutive rollouts of one group share their row, which is encoded once."""
+def pack_scorings(scorings: Sequence[tuple[int, Sequence[Pair]]]) -> bytes:
+    """Encode groups of pairs, each under its key. Consecutive pairs with the same row share it."""
+    try:
+        return _encoder.encode([_scoring(key, pairs) for key, pairs in scorings])
+    except UNENCODABLE:  # each pair is encoded by itself, to find those at fault
+        return _encoder.encode([_scoring_of_parts(key, pairs) for key, pairs in scorings])
+
+
+def _scoring(key: int, pairs: Sequence[Pair]) -> tuple[int, list[Any], list[tuple[int, Rollout]]]:
+    """The fields of a `Scoring`, not encoded yet."""
+    rows: list[Any] = []
+    placed: list[tuple[int, Rollout]] = []
+    last = None
+    for rollout, row in pairs:
+        if row is not last:
+            last = row
+            rows.append(row if is_plain(row) else plain_row(row))
+        placed.append((len(rows) - 1, rollout))
+    return key, rows, placed
+
+
+def _scoring_of_parts(key: int, pairs: Sequence[Pair]) -> Scoring:
+    """A `Scoring` in which the reason stands in place of each pair that cannot be encoded."""
     rows: list[Raw] = []
     encoded: list[tuple[int, Raw] | str] = []
     for pair in encode_pairs(pairs):
@@ -51,11 +78,6 @@ def scoring_of(key: int, pairs: Sequence[tuple[Rollout, Row]]) -> Scoring:
             rows.append(pair.row)
         encoded.append((len(rows) - 1, pair.rollout))
     return Scoring(key, rows, encoded)
-
-
-def pack_scorings(scorings: Iterable[Scoring]) -> bytes:
-    """Encode scorings as bytes."""
-    return _encoder.encode(list(scorings))
 
 
 def unpack_scorings(data: bytes) -> list[Scoring]:
