@@ -109,7 +109,7 @@ class Worker:
     @property
     def num_unfinished(self) -> int:
         """How many turns the engine has to sample."""
-        return sum(not turn.completion.finish_reason for ask in self.asks.values() for turn in ask.waiting)
+        return sum(ask.num_left for ask in self.asks.values())
 
     def send(self, ask: Ask) -> None:
         """Give the engine a request."""
