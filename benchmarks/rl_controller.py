@@ -5,12 +5,15 @@ at once. Real are the controller, Ray's calls, the ledger on the disk, the queue
 one process. The controller runs in a process of Ray, as in a stage. The reward itself computes almost nothing. Groups
 have 2 replies of 8 tokens, so that the cost of groups is measured and not that of tokens.
 
-Left out is the making of prompts: they are drawn in turn, and their token ids are known. A stage draws by beliefs
-(`selection_draws_per_s`) and renders each prompt with its chat template, in the same thread.
+The first entry leaves out the making of prompts: they are drawn in turn, and their token ids are known. Chat templates
+are left out in all: a stage renders each row once, before it starts, and those with a system instruction at each draw.
 
   controller_groups_per_s   groups a second that are trained on, from admission to the archive. Beside it: the processor
-                            time of the controller for each group in microseconds, and the groups a second that the
-                            reward actor scores by itself, in calls of 128 groups
+                            time of each process for each group in microseconds, and that of the controller's event
+                            loop alone, without its threads; the share of the time in which the controller's process
+                            worked; and the groups a second that the reward actor scores by itself, in calls of 128
+  controller_draws_groups_per_s   the same with prompts as a stage makes them: rows and token ids are on disk, and rows
+                            are drawn by beliefs about their pass rates
   controller_rss_gib        memory of the controller's process with 100,000 groups in flight, and the part of it that
                             was added by these groups. The trainer waits until all are admitted, and engines do not
                             answer
@@ -24,13 +27,19 @@ import pstats
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import psutil
+from rl_ready import TOKENS, PreparedEngine, ReadyTrainer
+
 from posttrain.base.tokenizer import build_tokenizer
 from posttrain.config.rewards import SystemsConfig
 from posttrain.context import BusyLog, StageContext
+from posttrain.data.chat import RenderRow
+from posttrain.data.stored import store
 from posttrain.pipeline.ray_session import ray_session
 from posttrain.records import DrawnPrompt, FinishReason, Message, Row, VersionSpan
 from posttrain.rl.config import RlConfig
@@ -39,90 +48,20 @@ from posttrain.rl.history.archive import RolloutArchive
 from posttrain.rl.history.ledger import Ledger
 from posttrain.rl.loop.controller import Controller
 from posttrain.rl.loop.parts import Parts
+from posttrain.rl.prompts.beliefs import Beliefs
+from posttrain.rl.prompts.config import SelectionConfig
+from posttrain.rl.prompts.kept import KeptPrompts
+from posttrain.rl.prompts.selection import Selection
 from posttrain.rl.prompts.source import PromptSource
 from posttrain.rl.records import make_group
-from posttrain.rl.training.protocol import StepResult
-from posttrain.rl.training.samples import TrainSample
-from posttrain.sampling.manifests import WeightManifest
-from posttrain.sampling.requests import Completion, Piece, SampleRequest
+from posttrain.sampling.requests import Completion
 from posttrain.sampling.rollouts import whole_reply
 from posttrain.scoring.remote.client import RewardClient
 
-GROUP, TOKENS, PROMPT_TOKENS, ROWS = 2, 8, 64, 10_000
+GROUP, PROMPT_TOKENS, ROWS = 2, 64, 10_000
 BATCH, STALENESS, WARM, STEPS = 512, 7, 8, 24
 IN_FLIGHT = 100_000
 ENGINES = 1
-PIECES_AT_ONCE = 1024
-
-
-class PreparedEngine:
-    """Has the methods of `EngineActor` for rollouts. `collect` answers every request; mute: it answers none."""
-
-    def __init__(self, mute: bool):
-        self._mute = mute
-        self._version = 0
-        self._waiting: list[tuple[int, int]] = []
-        self._event = asyncio.Event()
-
-    async def submit(self, requests: Sequence[tuple[int, SampleRequest]]) -> None:
-        if not self._mute:
-            self._waiting += [(key, index) for key, request in requests for index in range(request.n)]
-            self._event.set()
-
-    async def collect(self, wait_s: float) -> tuple[list[Piece], float]:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(wait_s):
-                await self._event.wait()
-        now, self._waiting = self._waiting[:PIECES_AT_ONCE], self._waiting[PIECES_AT_ONCE:]
-        if not self._waiting:
-            self._event.clear()
-        ids, logprobs = tuple(range(TOKENS)), (-1.0,) * TOKENS
-        spans = (VersionSpan(self._version, 0, TOKENS),)
-        pieces = [Piece(key, index, 0, ids, logprobs, spans, FinishReason.STOP, "12") for key, index in now]
-        return pieces, time.time()
-
-    async def update_weights(self, source: dict[str, Any], policy_version: int, kv: str) -> tuple[float, float]:
-        self._version = policy_version
-        return time.time(), time.time()
-
-    async def cancel(self, keys: Sequence[int]) -> None:
-        """Do nothing, as no request runs."""
-
-    async def forget(self) -> None:
-        """Do nothing, as no request runs."""
-
-    async def pids(self) -> dict[str, int]:
-        return {}
-
-
-class ReadyTrainer:
-    """Takes the place of a `TrainerClient`. A step takes no time, or as long as `held` says."""
-
-    def __init__(self) -> None:
-        self.times: list[tuple[float, float]] = []  # wall and processor time of this process, at each step
-        self.held: asyncio.Event | None = None
-
-    async def async_publish(self) -> WeightManifest:
-        return no_weights(0)
-
-    async def async_logprobs(self, samples: Sequence[TrainSample]) -> list[list[float]]:
-        return [list(sample.sampler_logprobs) for sample in samples]
-
-    async def async_step(self, samples: Sequence[TrainSample], step: int) -> StepResult:
-        if self.held is not None:
-            await self.held.wait()
-        await asyncio.sleep(0)
-        self.times.append((time.perf_counter(), time.process_time()))
-        now = time.time()
-        return StepResult({}, no_weights(step + 1), now, now)
-
-    async def async_save_checkpoint(self, folder: Path, state: dict[str, Any]) -> None:
-        folder.mkdir()
-
-
-def no_weights(version: int) -> WeightManifest:
-    """A manifest for engines that load nothing."""
-    return WeightManifest("none", version, 0, "none", ())
 
 
 def settings(batch: int, staleness: int, steps: int) -> RlConfig:
@@ -137,8 +76,8 @@ def settings(batch: int, staleness: int, steps: int) -> RlConfig:
 
 
 @contextlib.contextmanager
-def parts(folder: Path, seed: int, mute: bool):
-    """The parts between which a controller moves records."""
+def parts(folder: Path, seed: int, *, mute: bool, is_drawn: bool = False):
+    """The parts between which a controller moves records. is_drawn: whether prompts are made as in a stage."""
     import ray
 
     rows = [Row(f"r{index}", "sums", (Message("user", f"{index} + 1 ="),), str(index + 1)) for index in range(ROWS)]
@@ -163,7 +102,9 @@ def parts(folder: Path, seed: int, mute: bool):
         is_ready=lambda seat: True,
     )
     trainer: Any = ReadyTrainer()
-    source = PromptSource(rows, SystemsConfig(), render, seed=seed)
+    source = (
+        PromptSource(rows, SystemsConfig(), render, seed=seed) if not is_drawn else drawn_by_beliefs(rows, render, seed)
+    )
     ledger = Ledger(folder / "ledger.sqlite")
     archive = RolloutArchive(folder / "rollouts", build_tokenizer())
     try:
@@ -174,37 +115,70 @@ def parts(folder: Path, seed: int, mute: bool):
             ray.kill(cast(Any, one))
 
 
-def groups_per_s(seed: int = 0, profile: Path | None = None) -> tuple[float, dict[str, float]]:
-    """profile: a file into which the functions of the controller's process are written, for `pstats`."""
+def drawn_by_beliefs(rows: Sequence[Row], render: RenderRow, seed: int) -> PromptSource:
+    """Draws as a stage does."""
+    stored, ids = store(rows, Row), store((tuple(render(row, row.messages)) for row in rows), tuple[int, ...])
+    beliefs = Beliefs(stored, SelectionConfig().half_life)
+    beliefs.fit()
+    selection = Selection(beliefs, group_size=GROUP, seed=seed)
+    return PromptSource(stored, SystemsConfig(), KeptPrompts(stored, ids, render), seed=seed, selection=selection)
+
+
+def groups_per_s(
+    seed: int = 0, profile: Path | None = None, *, is_drawn: bool = False
+) -> tuple[float, dict[str, float]]:
+    """profile: a file into which the functions of the controller's process are written, for `pstats`. is_drawn: see
+    `parts`.
+    """
     import ray
 
     with ray_session():
         # As a stage runs: in a process of Ray, whose event loops are those of uvloop.
         measured = ray.remote(num_cpus=0.5, max_calls=1)(_groups_per_s)
-        return ray.get(measured.remote(seed, profile))
+        return ray.get(measured.remote(seed, profile, is_drawn))
 
 
-def _groups_per_s(seed: int, profile: Path | None) -> tuple[float, dict[str, float]]:
-    with tempfile.TemporaryDirectory() as scratch, parts(Path(scratch), seed, mute=False) as made:
+def _groups_per_s(seed: int, profile: Path | None, is_drawn: bool) -> tuple[float, dict[str, float]]:
+    import ray
+
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        parts(Path(scratch), seed, mute=False, is_drawn=is_drawn) as made,
+    ):
         config = settings(BATCH, STALENESS, WARM + STEPS)
         context = StageContext("rl", Path(scratch), Path(scratch) / "events.jsonl", seed)
         floor = asyncio.run(reward_groups_per_s(config, made.source.draw("sums", 0)))
         controller = Controller(config, context, made, is_early=True)
+        trainer: Any = made.trainer  # a ReadyTrainer
+        pids: Any = ray.get(made.engines.actors[0].pids.remote())
+        trainer.look = partial(cpu_seconds, controller, pids["actor"])
         watch = cProfile.Profile() if profile else contextlib.nullcontext()
         with watch:
             asyncio.run(controller.run())
         if isinstance(watch, cProfile.Profile):
             watch.dump_stats(cast(Path, profile))
-        trainer: Any = made.trainer  # a ReadyTrainer
-        began, ended = trainer.times[WARM - 1], trainer.times[-1]
+        (began, before), (ended, after) = trainer.times[WARM - 1], trainer.times[-1]
         groups = BATCH * STEPS
-        return groups / (ended[0] - began[0]), {
-            "own_cpu_us_per_group": 1e6 * (ended[1] - began[1]) / groups,
-            "own_cpu_share": (ended[1] - began[1]) / (ended[0] - began[0]),
+        return groups / (ended - began), {
+            **{f"{name}_cpu_us_per_group": 1e6 * (after[name] - before[name]) / groups for name in after},
+            "own_cpu_share": (after["own"] - before["own"]) / (ended - began),
             "reward_floor_groups_per_s": floor,
             "group_size": GROUP,
             "tokens_per_reply": TOKENS,
         }
+
+
+def cpu_seconds(controller: Controller, engine: int) -> dict[str, float]:
+    """Processor time so far: of this process, of its event loop alone, and of the other processes. engine: its id."""
+
+    def of(*pids: int) -> float:
+        return sum(sum(psutil.Process(pid).cpu_times()[:2]) for pid in pids)
+
+    actor, *reward_processes = controller._scorer.pids()
+    return {
+        "own": time.process_time(), "event_loop": time.thread_time(), "reward_actor": of(actor),
+        "reward_process": of(*reward_processes), "engine": of(engine),
+    }  # fmt: skip
 
 
 async def reward_groups_per_s(config: RlConfig, prompt: DrawnPrompt) -> float:
