@@ -13,7 +13,7 @@ from posttrain.rl.training.protocol import StepResult
 from posttrain.rl.training.samples import TrainSample
 from posttrain.sampling.manifests import WeightManifest
 from posttrain.sampling.packed import Pieces
-from posttrain.sampling.requests import Piece, SampleRequest
+from posttrain.sampling.requests import Piece, SampleRequest, Updated
 
 TOKENS = 8  # of a reply
 PIECES_AT_ONCE = 1024
@@ -45,9 +45,9 @@ class PreparedEngine:
         pieces = [Piece(key, index, 0, ids, logprobs, spans, FinishReason.STOP, "12") for key, index in now]
         return Pieces(pieces), time.time()
 
-    async def update_weights(self, source: dict[str, Any], policy_version: int, kv: str) -> tuple[float, float]:
+    async def update_weights(self, source: dict[str, Any], policy_version: int, kv: str) -> Updated:
         self._version = policy_version
-        return time.time(), time.time()
+        return Updated(time.time(), time.time(), [])
 
     async def cancel(self, keys: Sequence[int]) -> None:
         """Do nothing, as no request runs."""
