@@ -91,7 +91,7 @@ def _choose(config: RlConfig, stage: Path, most: int, *, cpus: float) -> Choice:
 def _figures(folder: Path, measured: int) -> dict[str, Any]:
     steps = list(read_jsonl(folder / "rl" / "metrics.jsonl"))
     late = steps[-measured - 1 :]
-    wanted = ("engines_wanted", "engines_forecast", "engines_not_forecast", "engine_refused")
+    wanted = ("engines_wanted", "engines_limited", "engines_forecast", "engines_not_forecast", "engine_refused")
     events = [event for event in read_jsonl(folder / "events.jsonl") if event["event"] in wanted]
     seconds = late[-1]["t"] - late[0]["t"]
     return {

@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 import posttrain
 from posttrain.compat import PATCHES, changed_versions
 from posttrain.compat.__main__ import page
+from posttrain.compat.ray import free_resources
 
 PACKAGE = Path(posttrain.__file__).parent
 ROOT = PACKAGE.parent
@@ -492,3 +494,9 @@ def test_ray_still_keeps_the_environment_of_its_import():
     assert at_import
     assert after_a_change, "Ray reads the variable when it is used now: remove this part of reread_environment"
     assert not reread
+
+
+@pytest.mark.slow
+def test_ray_tells_what_each_node_has_free(ray_session):
+    [node] = ray.nodes()
+    assert free_resources()[node["NodeID"]]["CPU"] <= node["Resources"]["CPU"]

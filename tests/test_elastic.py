@@ -366,16 +366,25 @@ class Workers:
         self.loads = SimpleNamespace(looked=0, at_work=0)
 
 
-def loop_of(tmp_path, monkeypatch, count: int, **given):
-    """A loop whose engines join and leave at once, and the events that it writes."""
+def loop_of(tmp_path, monkeypatch, count: int, hosts_have: int = 6, **given):
+    """A loop whose engines join and leave at once, and the events that it writes. hosts_have: room for so many."""
     workers: Any = Workers(count)
 
-    async def change(loop, wanted: int) -> None:
-        workers.counted = list(range(wanted))
+    async def join(loop) -> None:
+        workers.counted.append(len(workers.counted))
 
-    monkeypatch.setattr(Elastic, "_change_to", change)
+    async def leave(loop, worker) -> None:
+        workers.counted.remove(worker)
+
+    monkeypatch.setattr(Elastic, "_join", join)
+    monkeypatch.setattr(Elastic, "_leave", leave)
+    monkeypatch.setattr(Elastic, "_to_leave", lambda loop, number: workers.counted[:number])
     context = StageContext("rl", tmp_path, tmp_path / "events.jsonl")
-    engines: Any = SimpleNamespace(room=lambda: 5)
+
+    async def room() -> int:
+        return hosts_have - len(workers.counted)
+
+    engines: Any = SimpleNamespace(room=room)
     config = rl_config(resources={"rollout": {"workers": {"min": 1, "max": 4, "forecast": True}}})
     loop = Elastic(
         config, context, workers, engines=engines, prompts=[], stop_ids=(), tolerance=1.0, changed=lambda *_: None,
@@ -447,3 +456,20 @@ def test_a_run_that_is_continued_begins_with_the_engines_that_it_had(tmp_path, m
     (tmp_path / "again").mkdir()
     run([(2.0, 0.0)])
     assert events()[0]["workers"] == 4
+
+
+def test_an_engine_that_no_host_has_room_for_is_not_waited_for(tmp_path, monkeypatch):
+    """The trainer starves through about 50 windows. Each time the policy waits twice as long before it asks again."""
+    workers, run, events = loop_of(tmp_path, monkeypatch, 2, hosts_have=3)
+    run([(2.0, 1.8)] * 6)
+    assert [line["event"] for line in events()] == ["engines_wanted", "engines_limited"]
+    assert (events()[0]["workers"], events()[1]["wanted"], events()[1]["room"]) == (4, 4, 3)
+    assert len(workers.counted) == 3  # what there was room for has joined
+
+    workers, run, events = loop_of(tmp_path / "full", monkeypatch, 1, hosts_have=1)
+    (tmp_path / "full").mkdir()
+    run([(2.0, 1.5)] * 200)
+    asked = [line["event"] for line in events()]
+    assert asked == ["engines_wanted", "engines_limited"] * (len(asked) // 2)
+    assert 2 <= len(asked) // 2 <= 4
+    assert len(workers.counted) == 1

@@ -240,6 +240,29 @@ def test_actors_that_no_host_has_room_for_are_refused(choice, message, monkeypat
         check_choices(choices, ranks)
 
 
+@pytest.mark.parametrize(
+    ("choice", "idle", "number"),
+    [
+        (ActorResources(cpus=1), [], 1 + 2),  # b does not answer
+        (ActorResources(cpus=1.5), [], 1),  # three CPUs in all, but each engine is on one host
+        (ActorResources(cpus=1.5), [("id of home", 0.5, 0.0)], 2),
+        (ActorResources(cpus=1, labels={"role": "engine"}), [], 2),
+        (ActorResources(cpus=1, nodes=["home"]), [], 1),
+        (ActorResources(cpus=1, gpus=1), [], 0),
+        (ActorResources(cpus=0), [], 9),
+    ],
+)
+def test_room_is_counted_on_the_hosts_that_an_engine_may_use(choice, idle, number, monkeypatch):
+    monkeypatch.setenv(CLUSTER_VARIABLE, "1")
+    nodes = [node("home", 2), node("a", 3, role="engine"), node("b", 8)]
+    monkeypatch.setattr(
+        ray, "nodes", lambda: [{**each, "NodeID": f"id of {each['NodeManagerHostname']}"} for each in nodes]
+    )
+    free = {"id of home": {"CPU": 1.0}, "id of a": {"CPU": 2.0}, "id of b": {"CPU": 8.0}}
+    monkeypatch.setattr(placement, "free_resources", lambda: {name: dict(has) for name, has in free.items()})
+    assert placement.room(choice, 9, ["id of b"], idle=idle) == number
+
+
 @pytest.mark.parametrize(("on_cluster", "has_place", "kept"), [(True, False, 0), (True, True, 1), (False, False, 1)])
 def test_no_engine_stays_warm_while_another_waits_for_its_host(on_cluster, has_place, kept, monkeypatch):
     monkeypatch.setattr(registry, "directory", lambda: SimpleNamespace() if on_cluster else None)

@@ -113,3 +113,17 @@ def reread_environment() -> None:
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()
     ray_constants.ENABLE_RAY_CLUSTER = os.environ.get(CLUSTER_VARIABLE) != "0"
+
+
+@_patch(
+    "2.60.0",
+    "gap",
+    reason="`ray.available_resources` gives the sum over all hosts, and an actor needs a host that has all it asks for",
+    reference="`available_resources_per_node` of ray/_private/state.py",
+    test="tests/test_compat.py::test_ray_tells_what_each_node_has_free",
+)
+def free_resources() -> dict[str, dict[str, float]]:
+    """What each node of the cluster has free, by its id. Example: `{"9f…": {"CPU": 2.0}}`."""
+    from ray._private.state import available_resources_per_node
+
+    return {node: dict(free) for node, free in available_resources_per_node().items()}

@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+from posttrain.compat.ray import free_resources
 from posttrain.config.resources import ActorResources, HostChoice, RolloutResources, TrainerResources
 from posttrain.errors import ConfigError
 
@@ -166,6 +167,34 @@ def check_choices(choices: Mapping[str, HostChoice], ranks: Mapping[str, int] | 
         if isinstance(choice, ActorResources | RolloutResources | TrainerResources):
             number = _number(choice, (ranks or {}).get(key, 1))
             _check_room(key, choice, [node for node in alive if _allows(choice, node)], workers=number)
+
+
+def room(
+    choice: ActorResources, most: int, avoided: Collection[str] = (), *, idle: Collection[tuple[str, float, float]] = ()
+) -> int:
+    """How many more actors, at most `most`, hosts have free CPUs and GPUs for: each on one host that `choice` allows.
+
+    avoided: ids of nodes that are left out. idle: (node, CPUs, GPUs) that count as free.
+    """
+    import ray
+
+    free = free_resources()
+    for node, cpus, gpus in idle:
+        held = free.setdefault(node, {})
+        held["CPU"], held["GPU"] = held.get("CPU", 0.0) + cpus, held.get("GPU", 0.0) + gpus
+    asked = {name: number for name, number in (("CPU", choice.cpus), ("GPU", choice.gpus)) if number}
+    names = [
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and node["NodeID"] not in avoided and (not in_cluster() or _allows(choice, node))
+    ]
+    return min(
+        most,
+        sum(
+            min([most, *(int(free.get(name, {}).get(key, 0.0) / each + 1e-6) for key, each in asked.items())])
+            for name in names
+        ),
+    )
 
 
 def _number(choice: ActorResources | RolloutResources | TrainerResources, ranks: int) -> int:

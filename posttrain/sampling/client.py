@@ -19,6 +19,7 @@ from posttrain.config.resources import ActorResources, RolloutResources
 from posttrain.context import BusyLog, StageContext
 from posttrain.errors import MissingDependencyError, StageError
 from posttrain.hosts.directory import directory
+from posttrain.hosts.placement import room
 from posttrain.model.folder import check_folder
 from posttrain.sampling.manifests import FolderWeights
 from posttrain.sampling.registry import start_registry
@@ -119,13 +120,10 @@ class Engines:
 
     # ------------------------------------------------------------------ engines that join and leave
 
-    def room(self) -> int:
-        """How many more engines there are free CPUs and GPUs for, at most ROOM."""
-        import ray
-
-        free = ray.available_resources()
-        asked = {"CPU": self._resources.cpus, "GPU": self._resources.gpus}
-        return min([ROOM, *(int(free.get(name, 0.0) / number + 1e-6) for name, number in asked.items() if number)])
+    async def room(self) -> int:
+        """How many more engines the hosts have room for, at most ROOM. Idle engines end when others need theirs."""
+        idle = await self._registry.idle.remote()
+        return await asyncio.to_thread(room, self._resources, ROOM, await _avoided(), idle=idle)
 
     async def join(self) -> int:
         """Start one more engine, with the weights of the model folder. Returns its seat.

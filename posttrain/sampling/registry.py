@@ -179,6 +179,13 @@ class EngineRegistry:
             where.cancel()
         return bool(missing)
 
+    async def idle(self) -> list[tuple[str, float, float]]:
+        """(node, CPUs, GPUs) of each idle engine."""
+        found = [held for held in self._held if held.stage is None]
+        nodes = await asyncio.gather(*(held.where for held in found), return_exceptions=True)
+        there = zip(found, nodes, strict=True)
+        return [(node[0], held.cpus, held.gpus) for held, node in there if not isinstance(node, BaseException)]
+
     async def trim_idle(self, cpus: float, gpus: float) -> None:
         """End idle engines, oldest first, until the idle ones hold no more than these CPUs and GPUs."""
         async with self._changing:

@@ -147,17 +147,22 @@ class Elastic:
             self._is_changing = False
 
     async def _change_to(self, workers: int) -> None:
-        if workers > self.num_engines:
-            await asyncio.gather(*(self._join() for _ in range(workers - self.num_engines)))
+        now = self.num_engines
+        if workers > now:
+            able = min(workers, now + await self._engines.room())
+            if able < workers:  # nothing waits for a host that may join: the policy asks again later
+                self._context.event("engines_limited", wanted=workers, room=able, engines=now)
+                self._scaling.refused(able)
+            await asyncio.gather(*(self._join() for _ in range(able - now)))
         else:
-            for worker in self._to_leave(self.num_engines - workers):
+            for worker in self._to_leave(now - workers):
                 await self._leave(worker)
 
     async def _forecast_number(self, forecast: Callable[[int], Choice]) -> int:
         """The number that a forecast chooses. One that cannot be made changes nothing: the policy goes on alone."""
         now = self.num_engines
         try:
-            choice = await asyncio.to_thread(forecast, now + self._engines.room())
+            choice = await asyncio.to_thread(forecast, now + await self._engines.room())
         except PosttrainError as error:
             self._context.event("engines_not_forecast", reason=str(error), engines=now)
             return now
