@@ -461,7 +461,7 @@ def test_a_run_that_is_continued_begins_with_the_engines_that_it_had(tmp_path, m
 def test_an_engine_that_no_host_has_room_for_is_not_waited_for(tmp_path, monkeypatch):
     """The trainer starves through about 50 windows. Each time the policy waits twice as long before it asks again."""
     workers, run, events = loop_of(tmp_path, monkeypatch, 2, hosts_have=3)
-    run([(2.0, 1.8)] * 6)
+    run([(2.0, 1.8)] * 20)
     assert [line["event"] for line in events()] == ["engines_wanted", "engines_limited"]
     assert (events()[0]["workers"], events()[1]["wanted"], events()[1]["room"]) == (4, 4, 3)
     assert len(workers.counted) == 3  # what there was room for has joined
