@@ -1,8 +1,9 @@
 """Faults of hosts and of their network for RL runs over hosts (hosts_run.py); `chaos.py --hosts` runs them.
 
     engine  cut 5, 30 or 90 s, off, leave, slow     the host of an engine; another one joins after `off` and `leave`
-    judge   the same                                the host of the judge's engine
-    trainer the same                                the host of the trainer's rank
+    judge   the same                                the host of the judge's engine, the only one; another one joins also
+                                                    when it is cut off for as long as Ray takes to give a host up
+    trainer the same                                the host of the trainer's rank, as the judge's
     home    cut 5, 30 or 90 s, off                  the host of driver, rewards and ledger
     join                                            a host for engines
 
@@ -44,6 +45,7 @@ JUDGE = {
     "model": {"path": "policy", "dtype": "float32"}, "template": "Rate: {prompt} {response}",
     "labels": ["easy", "medium", "hard"], "engine": {"max_model_len": 256, "kv_cache_gib": 0.1},
 }  # fmt: skip
+GIVEN_UP_S = 30.0  # of silence, after which Ray may end a host's node for good
 SLOW_RATE = "20mbit"
 SLOW_S = 20.0
 BEFORE, AFTER = 4, 3  # steps before the first fault, and after each
@@ -138,8 +140,11 @@ class HostRun:
 
     def _other(self, host: Host, what: str, role: str) -> None:
         if what.startswith("cut"):
+            seconds = float(what.removeprefix("cut"))
             host.cut()
-            time.sleep(float(what.removeprefix("cut")))
+            if role in OTHERS and seconds >= GIVEN_UP_S:
+                self._joined(role)
+            time.sleep(seconds)
             host.heal()
         elif what == "slow":
             host.slow(SLOW_RATE)
