@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import random
 import re
 from dataclasses import astuple, replace
@@ -19,7 +20,7 @@ from posttrain.config.base import load_config, validate_config
 from posttrain.context import StageContext
 from posttrain.errors import ConfigError
 from posttrain.forecast.actors import Engine, SimulatedGroup
-from posttrain.forecast.calibration import calibrate, fit_steps
+from posttrain.forecast.calibration import _cores, calibrate, fit_steps
 from posttrain.forecast.config import ClusterConfig, DeviceConfig
 from posttrain.forecast.costs import Costs, EngineCosts, TrainerCosts, UpdateCosts, scaled
 from posttrain.forecast.engines import choose_engines, choose_for_run
@@ -321,7 +322,6 @@ def recorded_run(folder: Path, *, steps: int = 8, slowdown: float = 1.5, wall_s:
 def test_a_calibration_finds_the_costs_of_a_run(tmp_path: Path):
     found = calibrate(recorded_run(tmp_path))
     costs = found.costs
-    assert costs.cores == pytest.approx(2 / 1.5)  # an engine and the trainer; steps took 1.5 times their CPU time
     known = Costs(EngineCosts(0.01, 1e-3, 1e-4), TrainerCosts(0.2, 1e-4), UpdateCosts(0.0, 0.05))
     unexplained = costs.trainer.fixed_s / known.trainer.fixed_s
     expected = scaled(known, unexplained)
@@ -338,12 +338,25 @@ def test_a_calibration_finds_the_costs_of_a_run(tmp_path: Path):
 
 
 def test_what_a_run_took_longer_than_its_simulation_is_spread_over_all_costs(tmp_path: Path):
-    found = calibrate(recorded_run(tmp_path / "a", wall_s=1.0))
-    slower = calibrate(recorded_run(tmp_path / "b", wall_s=3.0))
+    found = calibrate(recorded_run(tmp_path / "a", wall_s=1.0, slowdown=1.0))
+    slower = calibrate(recorded_run(tmp_path / "b", wall_s=3.0, slowdown=1.0))
     assert astuple(slower.costs.engine) == pytest.approx(astuple(scaled(found.costs, 3.0).engine))
-    planned = found.setting(setting(groups_per_step=4, max_staleness=4), found.config)
-    again = fmean(simulate(planned, steps=8, seed=seed).step_s for seed in range(4))
-    assert again == pytest.approx(1.0, rel=0.05)  # the run that it is calibrated on is forecast as it was
+    assert found.costs.cores == slower.costs.cores == os.cpu_count()
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 1.5])
+@pytest.mark.parametrize("wall_s", [0.1, 0.7, 5.0])
+def test_the_run_that_a_forecast_is_calibrated_on_is_forecast_as_it_was(slowdown, wall_s, tmp_path: Path):
+    found = calibrate(recorded_run(tmp_path, wall_s=wall_s, slowdown=slowdown))
+    planned = found.setting(setting(groups_per_step=4, max_staleness=found.config.max_staleness), found.config)
+    again = fmean(simulate(planned, steps=8, seed=seed).step_s for seed in range(3))
+    assert again == pytest.approx(wall_s, rel=0.02)
+
+
+def test_cores_are_those_with_which_the_simulation_takes_as_long_as_the_run():
+    assert _cores(lambda cores: 2.0 / cores, 1.6, most=4.0) == pytest.approx(1.25, abs=0.05)
+    assert _cores(lambda cores: 2.0 / cores, 99.0, most=4.0) == pytest.approx(0.5, abs=0.05)
+    assert _cores(lambda cores: 2.0 / cores, 0.01, most=4.0) == pytest.approx(4.0, abs=0.05)
 
 
 def groups_of(config: RlConfig, *pool: SampledGroup) -> SampledGroups:

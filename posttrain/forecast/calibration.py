@@ -2,20 +2,20 @@
 
 Engines: seconds of their steps by sequences and by tokens of prompts, a fit by least squares on the sums that engines
 keep (sampling/step_sums.py). Trainer: CPU seconds of a step against its tokens, the prompts of its groups included.
-Cores: how many times as long as its CPU seconds a step took, with so many processes at work. Replies: groups of the run
-(replies.py).
+Replies: groups of the run (replies.py).
 
-In the end the run itself is simulated with these costs. What it took longer, or less, is unexplained: other work on the
-machine, or the controller's. It is spread over all costs alike.
+In the end the run itself is simulated with these costs. Where its processes shared cores, they are taken to have had
+as many as make the simulation take as long as the run: cores that are threads of one core, and the controller's work,
+count as cores that were missing. What is unexplained then is spread over all costs alike.
 """
 
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, quantiles
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,8 @@ from posttrain.rl.config import RlConfig
 from posttrain.sampling.step_sums import TERMS, as_equations
 
 FEWEST_STEPS = 6
-SEEDS = 4
+SEEDS = 3
+FEWEST_CORES, HALVINGS = 0.5, 6
 OVERLOADED = 1.05  # wall seconds for each CPU second, from which on cores are taken to be shared
 
 
@@ -87,10 +88,7 @@ def calibrate(run_dir: Path, stage: str = "rl", *, config: RlConfig | None = Non
     # Of engines that join and leave: the mean.
     engines = fmean([step.get("engines", config.resources.rollout.most) for step in steps])
     slowdown = median(step["train_s"] / max(step["train_cpu_s"], 1e-6) for step in steps)
-    cores = None
-    if not config.resources.rollout.gpus:
-        most = float(os.cpu_count() or 1)
-        cores = min(most, (engines + 1) / slowdown) if slowdown > OVERLOADED else most
+    cores = None if config.resources.rollout.gpus else float(os.cpu_count() or 1)
     groups = read_groups(folder, config)
     scored = sum(end - start for start, end in _busy(events, "score"))
     costs = Costs(
@@ -101,14 +99,27 @@ def calibrate(run_dir: Path, stage: str = "rl", *, config: RlConfig | None = Non
         cores=cores,
     )
     found = Calibration(config, costs, slowdown > OVERLOADED, groups)
-    return replace(found, costs=scaled(costs, _unexplained(found, steps, max(1, round(engines)))))
+    own = make_setting(config, WorkloadConfig(), costs, engines=max(1, round(engines)))
+    took_s = fmean(step["step_wall_s"] for step in steps[len(steps) // 3 :])
+
+    def simulated_s(costs: Costs) -> float:
+        setting = replace(found, costs=costs).setting(own, config)
+        return fmean(simulate(setting, steps=len(steps) + 1, seed=seed).step_s for seed in range(SEEDS))
+
+    if cores is not None and found.is_overloaded:
+        costs = replace(
+            costs, cores=_cores(lambda number: simulated_s(replace(costs, cores=number)), took_s, most=cores)
+        )
+    return replace(found, costs=scaled(costs, took_s / simulated_s(costs)))
 
 
-def _unexplained(found: Calibration, steps: Sequence[dict[str, Any]], engines: int) -> float:
-    """How many times as long the steps of the run took as they do in a simulation of it."""
-    setting = found.setting(make_setting(found.config, WorkloadConfig(), found.costs, engines=engines), found.config)
-    simulated = fmean(simulate(setting, steps=len(steps) + 1, seed=seed).step_s for seed in range(SEEDS))
-    return fmean(step["step_wall_s"] for step in steps[len(steps) // 3 :]) / simulated
+def _cores(simulated_s: Callable[[float], float], took_s: float, *, most: float) -> float:
+    """The number of cores with which steps are simulated to take so long, from FEWEST_CORES to `most`."""
+    least = FEWEST_CORES
+    for _ in range(HALVINGS):
+        middle = (least + most) / 2
+        least, most = (middle, most) if simulated_s(middle) > took_s else (least, middle)
+    return (least + most) / 2
 
 
 def _busy(events: Sequence[dict[str, Any]], what: str) -> list[tuple[float, float]]:
@@ -116,7 +127,11 @@ def _busy(events: Sequence[dict[str, Any]], what: str) -> list[tuple[float, floa
 
 
 def _trainer(steps: Sequence[dict[str, Any]], prompt_tokens: float) -> TrainerCosts:
-    """A line through (tokens, CPU seconds) whose slope is the median of those of all pairs: no outlier turns it."""
+    """A line through (tokens, CPU seconds) whose slope is a quantile of those of all pairs, so no outlier turns it.
+
+    It is the upper quartile, and at most the slope without a fixed part: where steps are too much alike to tell, the
+    time is taken to be that of the tokens.
+    """
     points = [
         (
             step["tokens_trained"] + step["groups_trained"] * prompt_tokens,
@@ -126,7 +141,7 @@ def _trainer(steps: Sequence[dict[str, Any]], prompt_tokens: float) -> TrainerCo
     ]
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for i, a in enumerate(points) for b in points[i + 1 :] if b[0] != a[0]]
     most = median(seconds / tokens for tokens, seconds in points)
-    token_s = min(max(0.0, median(slopes)) if slopes else most, most)
+    token_s = min(max(0.0, quantiles(slopes)[-1]) if len(slopes) > 1 else most, most)
     return TrainerCosts(max(0.0, median(seconds - token_s * tokens for tokens, seconds in points)), token_s)
 
 
