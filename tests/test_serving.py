@@ -1,5 +1,6 @@
 """`posttrain serve` and `posttrain chat`: which model a path means, the server's arguments, and a real conversation."""
 
+import base64
 import contextlib
 import io
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from vision_models import draw, save_vision_policy
 
 from posttrain.actors.shared_memory import shared_memory
 from posttrain.cli.main import main
@@ -168,3 +170,26 @@ def test_a_model_is_tried_by_hand_through_a_pipe(tiny_model, tmp_path, monkeypat
     assert rest.endswith(f"]\n{first}")
     assert {path.name[:4] for path in segments} == {"psm_", "sem."}  # vLLM's queues between its processes, and a lock
     assert not [path for path in segments if path.exists()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_served_model_is_shown_a_picture(tmp_path):
+    policy = save_vision_policy(tmp_path / "policy")
+    draw(tmp_path / "boxes.png", 3)
+    data = "data:image/png;base64," + base64.b64encode((tmp_path / "boxes.png").read_bytes()).decode()
+    picture = {"type": "image_url", "image_url": {"url": data}}
+    config = ServeConfig.model_validate({"engine": {"max_model_len": 256, "kv_cache_gib": 0.1}})
+    with serving(policy, config, host="127.0.0.1", port=0, name="pictures") as server:
+        client = openai.OpenAI(base_url=server.url, api_key="none")
+
+        def prompt_tokens(*parts: Any) -> int:
+            content: Any = [*parts, {"type": "text", "text": "1 + 1"}]
+            reply = client.chat.completions.create(
+                model="pictures", messages=[{"role": "user", "content": content}], max_tokens=4
+            )
+            assert reply.usage is not None
+            assert reply.usage.completion_tokens > 0
+            return reply.usage.prompt_tokens
+
+        assert prompt_tokens(picture) > prompt_tokens()

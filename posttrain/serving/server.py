@@ -39,8 +39,9 @@ START_S = 900.0
 LOOK_S = 0.2
 STOP_S = 10.0
 STOP_LOOK_S = 0.05
-# What the engines of a stage need and a server does not: weights in flight, the very distribution of a token.
-_OF_STAGES = ("model", "worker_extension_cls", "weight_transfer_config", "logprobs_mode", "generation_config")
+# What the engines of a stage need and a server does not: weights in flight, the very distribution of a token. The
+# extension of the worker stays, because it mends faults of vLLM: without it a CPU engine dies at the first picture.
+_OF_STAGES = ("model", "weight_transfer_config", "logprobs_mode", "generation_config")
 
 
 class ServeConfig(Config):
