@@ -3,7 +3,6 @@
 import mmap
 import os
 import struct
-import tempfile
 
 SIZE = 512
 BUILT = "the exchange"  # the note of a worker that has built new weights beside generation
@@ -11,13 +10,19 @@ FAILED = " (given up)"  # what it adds to its last note if it could not
 HEAD = struct.Struct("<QI")  # how many notes there were; length of the last in bytes
 
 
-def shared_file(prefix: str, size: int) -> str:
-    """The path of a new file of so many zeros, which two processes can map. It is in memory where that is possible."""
-    folder = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    descriptor, path = tempfile.mkstemp(prefix=prefix, dir=folder)
+def shared_file(name: str, size: int) -> str:
+    """The path of a new file of so many zeros in memory, which another process can open while this one lives.
+
+    It has no name in any folder, so nothing is left whoever is killed. `give_up` closes it.
+    """
+    descriptor = os.memfd_create(name)
     os.ftruncate(descriptor, size)
-    os.close(descriptor)
-    return path
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def give_up(path: str) -> None:
+    """Close a `shared_file` of this process. Those who have mapped it keep it."""
+    os.close(int(path.rpartition("/")[2]))
 
 
 class Progress:
@@ -38,7 +43,7 @@ class Progress:
     @classmethod
     def create(cls) -> "Progress":
         """Make a new file. Call `unlink` once the other process has opened it."""
-        return cls(shared_file("posttrain-progress-", SIZE))
+        return cls(shared_file("posttrain-progress", SIZE))
 
     def note(self, text: str) -> None:
         """Write what this process begins to work on."""
@@ -52,5 +57,5 @@ class Progress:
         return count, self._map[HEAD.size : HEAD.size + length].decode(errors="replace")
 
     def unlink(self) -> None:
-        """Remove the file's name; both processes keep their mapping."""
-        os.unlink(self.path)
+        """Give up the path; both processes keep their mapping."""
+        give_up(self.path)

@@ -16,7 +16,7 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from posttrain.sampling.progress import shared_file
+from posttrain.sampling.progress import give_up, shared_file
 
 PATH = "POSTTRAIN_STEP_SUMS"  # the environment variable that tells the engine core the file
 TERMS = 3
@@ -43,7 +43,7 @@ class StepSums:
     @classmethod
     def create(cls) -> "StepSums":
         """Make a new file. Call `unlink` once the other process has opened it."""
-        return cls(shared_file("posttrain-steps-", _NUMBERS.size))
+        return cls(shared_file("posttrain-steps", _NUMBERS.size))
 
     def add(self, sequences: int, prompt_tokens: int, seconds: float) -> None:
         """Count a step."""
@@ -57,8 +57,8 @@ class StepSums:
         return [new - old for new, old in zip(now, before, strict=True)]
 
     def unlink(self) -> None:
-        """Remove the file's name; both processes keep their mapping."""
-        os.unlink(self.path)
+        """Give up the path; both processes keep their mapping."""
+        give_up(self.path)
 
     def _read(self) -> tuple[float, ...]:
         return _NUMBERS.unpack_from(self._map)
