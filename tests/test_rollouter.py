@@ -346,6 +346,20 @@ def logprobs(policy: Any, token_ids: tuple[int, ...]) -> torch.Tensor:
     return found.gather(1, ids[0, 1:, None])[:, 0]
 
 
+class Pause:
+    """Holds every rollout between its turns, until `is_over`. all_wait: all of them are there."""
+
+    def __init__(self) -> None:
+        self.all_wait, self.is_over = asyncio.Event(), asyncio.Event()
+        self._num_waiting = 0
+
+    async def between(self) -> None:
+        self._num_waiting += 1
+        if self._num_waiting == GROUP * len(PROMPTS):
+            self.all_wait.set()
+        await self.is_over.wait()
+
+
 @slow
 @pytest.mark.timeout(300)
 def test_both_turns_have_the_trainers_log_probabilities(ray_session, policies, tmp_path):
@@ -355,21 +369,13 @@ def test_both_turns_have_the_trainers_log_probabilities(ray_session, policies, t
     context, engines = leased(tmp_path, policies)
 
     async def run() -> list[tuple[Rollout, ...]]:
-        num_waiting, all_wait, is_updated = 0, asyncio.Event(), asyncio.Event()
-
-        async def between() -> None:
-            nonlocal num_waiting
-            num_waiting += 1
-            if num_waiting == GROUP * len(PROMPTS):
-                all_wait.set()
-            await is_updated.wait()
-
-        made = Run(context, engines, policies, TwoTurns(between))
+        pause = Pause()
+        made = Run(context, engines, policies, TwoTurns(pause.between))
 
         async def update() -> None:
-            await all_wait.wait()
+            await pause.all_wait.wait()
             await made.workers.weights.update(weights(policies[1]), 1)
-            is_updated.set()
+            pause.is_over.set()
 
         return await made.groups(update())
 
@@ -470,21 +476,14 @@ def test_a_turn_after_new_weights_reads_what_its_rollout_has_in_the_engine_if_th
     context, engines = leased(tmp_path, policies)
 
     async def run(kv: str) -> float:
-        num_waiting, all_wait, is_updated = 0, asyncio.Event(), asyncio.Event()
-
-        async def between() -> None:
-            nonlocal num_waiting
-            num_waiting += 1
-            if num_waiting == GROUP * len(PROMPTS):
-                all_wait.set()
-            await is_updated.wait()
+        pause = Pause()
 
         async def update() -> None:
-            await all_wait.wait()
+            await pause.all_wait.wait()
             await made.workers.weights.update(weights(policies[0]), 2)
-            is_updated.set()
+            pause.is_over.set()
 
-        made = Run(context, engines, policies, TwoTurns(between), kv)
+        made = Run(context, engines, policies, TwoTurns(pause.between), kv)
         await engines.actors[0].pids.remote()
         await made.workers.weights.update(weights(policies[1]), 1)  # from the first on, the engine keeps what it has
         groups = await made.groups(update())

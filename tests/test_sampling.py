@@ -127,7 +127,7 @@ def test_the_stack_of_a_frozen_process_can_be_read():
     finally:
         process.send_signal(signal.SIGKILL)
         process.wait()
-        progress.unlink()
+        progress.give_up()
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,12 @@ def calibrate(run_dir: Path, stage: str = "rl", *, config: RlConfig | None = Non
 
     if cores is not None and found.is_overloaded:
         costs = replace(
-            costs, cores=_cores(lambda number: simulated_s(replace(costs, cores=number)), took_s, most=cores)
+            costs,
+            cores=_cores(
+                lambda number: simulated_s(replace(costs, cores=number)),
+                took_s,
+                most=min(cores, engines + 1),  # more than the processes at work make no difference
+            ),
         )
     return replace(found, costs=scaled(costs, took_s / simulated_s(costs)))
 
@@ -152,7 +157,10 @@ def fit_steps(sums: Iterable[Sequence[float]]) -> EngineCosts:
     """
     stretches = list(sums)
     if not any(map(any, stretches)):
-        raise ConfigError("--calibrate", ["the run has no events engine_steps: its engines took no new weights"])
+        raise ConfigError(
+            "--calibrate",
+            ["the run has no events engine_steps: its engines took no new weights, or it is of an older version"],
+        )
     products, seconds = as_equations(np.sum(stretches, axis=0).tolist())
     best, least = np.zeros(TERMS), 0.0
     every = itertools.chain.from_iterable(itertools.combinations(range(TERMS), n + 1) for n in range(TERMS))

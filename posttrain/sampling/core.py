@@ -100,13 +100,13 @@ class Core:
         os.environ[PATH] = self._steps.path
         with compat.forked_core(die) if is_forked else contextlib.nullcontext():
             self.llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
-        self._steps.unlink()
+        self._steps.give_up()
         self._watch.heard()
         self._watching = asyncio.create_task(self._watch.run())
         self._progress = Progress.create()
         workers = await self.ask("start", self.llm.collective_rpc("die_with_parent"))
         await self.ask("start", self.llm.collective_rpc("note_progress", args=(self._progress.path,)))
-        self._progress.unlink()
+        self._progress.give_up()
         await self.ask("start", self.llm.collective_rpc("draw_by_place"))
         await self.ask("start", self.llm.update_weight_version("0"))
         await self.ask("start", self.llm.get_supported_tasks())

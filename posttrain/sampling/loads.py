@@ -1,5 +1,5 @@
-"""How many replies each engine samples at a time, and how fast: an event for each stretch of time, from which
-`posttrain plan --calibrate` computes what a step of an engine costs.
+"""How many replies each engine samples at a time, and how fast: an event for each stretch of time. What a step of an
+engine costs is in step_sums.py.
 """
 
 import asyncio

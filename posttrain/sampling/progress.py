@@ -42,7 +42,7 @@ class Progress:
 
     @classmethod
     def create(cls) -> "Progress":
-        """Make a new file. Call `unlink` once the other process has opened it."""
+        """Make a new file. Call `give_up` once the other process has opened it."""
         return cls(shared_file("posttrain-progress", SIZE))
 
     def note(self, text: str) -> None:
@@ -56,6 +56,6 @@ class Progress:
         count, length = HEAD.unpack_from(self._map)
         return count, self._map[HEAD.size : HEAD.size + length].decode(errors="replace")
 
-    def unlink(self) -> None:
+    def give_up(self) -> None:
         """Give up the path; both processes keep their mapping."""
         give_up(self.path)

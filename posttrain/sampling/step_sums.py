@@ -8,6 +8,7 @@ nothing more to do, without the time in which the core waited for a processor. S
 other work. Steps that an update of the weights interrupts are left out.
 """
 
+import contextlib
 import mmap
 import os
 import struct
@@ -42,7 +43,7 @@ class StepSums:
 
     @classmethod
     def create(cls) -> "StepSums":
-        """Make a new file. Call `unlink` once the other process has opened it."""
+        """Make a new file. Call `give_up` once the other process has opened it."""
         return cls(shared_file("posttrain-steps", _NUMBERS.size))
 
     def add(self, sequences: int, prompt_tokens: int, seconds: float) -> None:
@@ -56,7 +57,7 @@ class StepSums:
         self._taken = now
         return [new - old for new, old in zip(now, before, strict=True)]
 
-    def unlink(self) -> None:
+    def give_up(self) -> None:
         """Give up the path; both processes keep their mapping."""
         give_up(self.path)
 
@@ -79,13 +80,19 @@ def as_equations(sums: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
 
 
 class StepClock:
-    """Times the steps of an engine's scheduler. It is made, and used, in the thread that runs them."""
+    """Times the steps of an engine's scheduler. It is made, and used, in the thread that runs them.
 
-    def __init__(self, sums: StepSums):
+    waits: what Linux tells of the time in which this thread waited for a processor. Where a kernel tells nothing, that
+    time counts as the step's.
+    """
+
+    def __init__(self, sums: StepSums, waits: str = "/proc/thread-self/schedstat"):
         self._sums = sums
         self._open: tuple[int, int] | None = None  # sequences and prompt tokens of the step that runs
         self._since = 0.0
-        self._waits = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        self._waits: int | None = None
+        with contextlib.suppress(OSError):
+            self._waits = os.open(waits, os.O_RDONLY)
 
     def begin(self, scheduled: Collection[int]) -> None:
         """What the step computes that has begun with the last `end`. scheduled: tokens of each sequence."""
@@ -105,5 +112,5 @@ class StepClock:
 
     def _now(self) -> float:
         """Seconds in which this thread did not wait for a processor. It may well have waited for a device."""
-        waited_ns = int(os.pread(self._waits, 64, 0).split()[1])
+        waited_ns = 0 if self._waits is None else int(os.pread(self._waits, 64, 0).split()[1])
         return time.perf_counter() - waited_ns * 1e-9
