@@ -117,7 +117,7 @@ class EnvironmentProcess:
             late = isinstance(error, TimeoutError)
             why = f"loading it took more than {START_S:g} s" if late else f"no new process: {error}"
         finally:
-            self._notes.unlink()
+            self._notes.give_up()
         if why:
             self._process = None
             await process.close(grace_s=0.0)
